@@ -1,0 +1,1 @@
+"""Teach a base model a task (rows + model → model)."""

@@ -1,0 +1,1 @@
+"""Make a model smaller: distillation, layer and head surgery, sparsity (model → smaller model)."""

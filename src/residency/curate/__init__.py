@@ -1,0 +1,1 @@
+"""Choose, weigh and grow the rows a specialist learns from (rows → rows)."""

@@ -1,0 +1,1 @@
+"""Scores with intervals, per-item flips and measured cost."""

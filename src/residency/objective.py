@@ -1,0 +1,78 @@
+"""What a loss looks like in this house, so that one training loop can drive all of them.
+
+An `Objective` is a plain `nn.Module` that maps `(outputs, batch)` to `(loss sum, count)`. It never divides: `train.py` divides once, by
+the count of the whole optimiser step, so that batch size, padding and gradient accumulation cannot change a gradient.
+
+Shapes use one legend throughout the project: B batch, T tokens, V vocabulary, H heads, G key/value heads, D width,
+K shots or top-k, C classes, N rows or selected tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+"""Label of a position that is not trained (the Hugging Face convention)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = hidden @ weight.T + bias.
+
+    Args:
+        weight: [V, D].
+        bias: [V] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [..., D] to logits [..., V]."""
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward pass hands to an objective.
+
+    Either `logits` [B, T, V] (or [B, C] for a classifier), or `hidden` [B, T, D] with the `head` that would turn it into logits: the
+    second form lets a loss apply the head chunk by chunk and never hold [B, T, V].
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    head: Head | None = None
+
+
+class Objective(nn.Module):
+    """A loss that returns (sum, count).
+
+    `wants` tells the training loop which form of `Outputs` to produce: "logits" or "hidden".
+    """
+
+    wants: ClassVar[Literal["logits", "hidden"]] = "logits"
+
+    def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the summed loss (scalar, with gradient) and the number of items it sums over (scalar)."""
+        raise NotImplementedError("abstract: an Objective defines forward(outputs, batch)")
+
+
+def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that predict a trained token, and the tokens they predict.
+
+    Args:
+        labels: [B, T] token ids, `IGNORE` where nothing is trained; labels[b, t] is the token AT t.
+
+    Returns:
+        A boolean mask [B, T] that is true at t where the token at t + 1 is trained, and the targets [N] in the order in which
+        `hidden[mask]` lists those positions.
+    """
+    shifted = torch.full_like(labels, IGNORE)
+    shifted[:, :-1] = labels[:, 1:]
+    mask = shifted != IGNORE
+    return mask, shifted[mask]

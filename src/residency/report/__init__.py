@@ -1,0 +1,1 @@
+"""Draw run.json: one self-contained page and its Markdown twin."""
