@@ -1,7 +1,8 @@
 """What a loss looks like in this house, so that one training loop can drive all of them.
 
-An `Objective` is a plain `nn.Module` that maps `(outputs, batch)` to `(loss sum, count)`. It never divides: `train.py` divides once, by
-the count of the whole optimiser step, so that batch size, padding and gradient accumulation cannot change a gradient.
+An `Objective` is a plain `nn.Module` that maps `(outputs, batch)` to `(loss sum, count)`. It never divides:
+`train.py` divides once, by the count of the whole optimiser step, so that batch size, padding and gradient
+accumulation cannot change a gradient.
 
 Shapes use one legend throughout the project: B batch, T tokens, V vocabulary, H heads, G key/value heads, D width,
 K shots or top-k, C classes, N rows or selected tokens.
@@ -40,8 +41,8 @@ class Head:
 class Outputs:
     """What a forward pass hands to an objective.
 
-    Either `logits` [B, T, V] (or [B, C] for a classifier), or `hidden` [B, T, D] with the `head` that would turn it into logits: the
-    second form lets a loss apply the head chunk by chunk and never hold [B, T, V].
+    Either `logits` [B, T, V] (or [B, C] for a classifier), or `hidden` [B, T, D] with the `head` that would turn it
+    into logits: the second form lets a loss apply the head chunk by chunk and never hold [B, T, V].
     """
 
     logits: Tensor | None = None
@@ -61,6 +62,14 @@ class Objective(nn.Module):
         """Return the summed loss (scalar, with gradient) and the number of items it sums over (scalar)."""
         raise NotImplementedError("abstract: an Objective defines forward(outputs, batch)")
 
+    def count(self, batch: dict[str, Any]) -> int:
+        """How many items `forward` will sum over, known from the batch alone: by default, its trained tokens.
+
+        The training loop adds this up over an optimiser step before the first forward pass, and divides every sum
+        by it.
+        """
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
+
 
 def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions that predict a trained token, and the tokens they predict.
@@ -69,8 +78,8 @@ def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: [B, T] token ids, `IGNORE` where nothing is trained; labels[b, t] is the token AT t.
 
     Returns:
-        A boolean mask [B, T] that is true at t where the token at t + 1 is trained, and the targets [N] in the order in which
-        `hidden[mask]` lists those positions.
+        A boolean mask [B, T] that is true at t where the token at t + 1 is trained, and the targets [N] in the
+        order in which `hidden[mask]` lists those positions.
     """
     shifted = torch.full_like(labels, IGNORE)
     shifted[:, :-1] = labels[:, 1:]

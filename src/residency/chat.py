@@ -1,0 +1,93 @@
+"""Talk to a specialist: the conversation, streamed piece by piece."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from residency import bases
+from residency.errors import PlanError
+
+
+class Chat:
+    """One conversation with one model, greedy.
+
+    Args:
+        folder: The model's folder.
+        name: What to call it.
+        max_tokens: Longest answer.
+        device: Where to compute.
+    """
+
+    def __init__(self, folder: Path, name: str, max_tokens: int = 256, device: str = "cpu") -> None:
+        if (kind := bases.facts(folder).kind) != "causal-lm":
+            raise PlanError(f"this specialist is a {kind}; only a language model can chat", where=str(folder))
+        self.name, self.max_tokens, self.device = name, max_tokens, device
+        self.tokenizer = bases.load_tokenizer(folder)
+        self.model = bases.load_causal_lm(folder, device)
+        self.turns: list[dict[str, str]] = []
+
+    @classmethod
+    def open(cls, folder: Path, *, base: bool = False, max_tokens: int = 256) -> Chat:
+        """Open a run's specialist (or its base), or a model folder.
+
+        Raises:
+            StoreError, DataError: When there is no model.
+        """
+        from residency.compat import pick_device
+        from residency.run import final_model, load_record
+
+        if (folder / "config.json").exists():
+            return cls(folder, folder.name, max_tokens, pick_device())
+        record = load_record(folder)
+        if base:
+            found = bases.resolve(record["base"]["name"], folder).folder
+            return cls(found, record["base"]["name"], max_tokens, pick_device())
+        return cls(
+            final_model(folder), f"{record['name']} (specialist of {record['base']['name']})", max_tokens, pick_device()
+        )
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.turns.clear()
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, in pieces as they are generated."""
+        import torch
+        from transformers import TextIteratorStreamer
+
+        self.turns.append({"role": "user", "content": question})
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
+        else:
+            text = "".join(turn["content"] + "\n" for turn in self.turns)
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(
+                        input_ids=ids["input_ids"],
+                        attention_mask=ids["attention_mask"],
+                        max_new_tokens=self.max_tokens,
+                        do_sample=False,
+                        streamer=streamer,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                    )
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=generate, daemon=True)
+        worker.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        worker.join()
+        if failure:
+            raise failure[0]
+        self.turns.append({"role": "assistant", "content": "".join(pieces).strip() or "…"})

@@ -1,0 +1,111 @@
+"""A frozen encoder with a linear head on top, as one folder: what a probe is saved as, and how it predicts.
+
+The folder holds the encoder's own files, `probe.safetensors` (weight [C, D], bias [C], mean and deviation [D]) and
+a config that names the classes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from residency import encoders
+from residency.errors import DataError
+from residency.progress import Progress
+
+TENSORS = ("weight", "bias", "mean", "deviation")
+
+
+class ClassHead(nn.Module):
+    """A fitted head: features [N, D] → log-probabilities [N, C].
+
+    Args:
+        classes: Class names.
+        weight: [C, D].
+        bias: [C].
+        mean, deviation: [D], taken off the features and divided by (0 and 1 where there is nothing to standardise).
+        unit: Scale features to length 1 instead.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, classes: Sequence[str], weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor, unit: bool
+    ) -> None:
+        super().__init__()
+        self.classes = list(classes)
+        self.unit = unit
+        for name, tensor in zip(TENSORS, (weight, bias, mean, deviation), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-probabilities [N, C] of features [N, D]."""
+        z = nn.functional.normalize(features, dim=-1) if self.unit else (features - self.mean) / self.deviation
+        return nn.functional.linear(z, self.weight, self.bias).log_softmax(-1)
+
+    def predict(self, features: np.ndarray) -> list[str]:
+        """The likeliest class of each row of [N, D]."""
+        with torch.no_grad():
+            best = self(torch.as_tensor(features, dtype=torch.float32)).argmax(-1)
+        return [self.classes[i] for i in best.tolist()]
+
+    def save(self, encoder: Path, folder: Path) -> None:
+        """Write encoder and head as one folder."""
+        from safetensors.torch import save_file
+
+        shutil.copytree(encoder, folder, ignore=shutil.ignore_patterns("manifest.json", "probe.*"))
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "probe.safetensors")
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config |= {"residency_kind": "classifier", "residency_probe": {"classes": self.classes, "unit": self.unit}}
+        file.write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> ClassHead:
+        """Read the head of a folder that `save` wrote.
+
+        Raises:
+            DataError: When the folder holds no classifier.
+        """
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "residency_probe" not in config:
+            raise DataError(
+                "this folder holds no classifier", where=str(folder), hint="tune: {method: probe} makes one"
+            )
+        tensors = load_file(folder / "probe.safetensors")
+        said = config["residency_probe"]
+        weight, bias, mean, deviation = (tensors[name] for name in TENSORS)
+        return cls(said["classes"], weight, bias, mean, deviation, said["unit"])
+
+
+class Classifier:
+    """Encoder and head together: items in, labels out.
+
+    Args:
+        folder: What `ClassHead.save` wrote.
+        device: Where the encoder computes.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.head = ClassHead.load(folder)
+        self.encoder = encoders.load(folder, device)
+
+    def predict(self, items: Sequence[Any], batch: int = 64, progress: Progress | None = None) -> Iterator[str]:
+        """The likeliest class of each item (text, or image path, data: URI or array), batch by batch."""
+        with (progress or Progress()).task("classifying", len(items)) as advance:
+            for start in range(0, len(items), batch):
+                part = items[start : start + batch]
+                yield from self.head.predict(self.encoder.encode(part, batch))
+                advance(len(part))

@@ -1,0 +1,301 @@
+"""The only training loop: the Hugging Face Trainer, driven by an `Objective` that returns (sum, count).
+
+Before the first forward pass of an optimiser step the counts of all its micro-batches are added up, and every
+micro-batch's sum is divided by that total. So batch 8 × 1, 4 × 2 and 2 × 4 give the same gradient whatever the
+lengths of the rows, which a mean per micro-batch does not (Hugging Face transformers issue 34191).
+
+Checkpoints are written by time, not by step, into a scratch folder; each is sealed by a manifest, and a resumed
+training takes the newest whole one. On a CPU the weights at the end are those of the uninterrupted training, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from residency import store
+from residency.compat import fast_bf16, quiet_transformers
+from residency.errors import DataError, ResidencyError
+from residency.objective import Head, Objective, Outputs
+from residency.progress import Progress
+from residency.tokens import Encoded, collate
+from residency.trainparams import TrainParams
+
+
+@dataclass
+class TrainLog:
+    """What a training leaves besides the weights.
+
+    Args:
+        steps: Optimiser steps.
+        loss: Mean loss per item at each step.
+        learning_rate: At each step.
+        tokens: Trained items in one epoch.
+        precision: "float32" or "bfloat16".
+        resumed_from: Step of the checkpoint this process started from, or None.
+    """
+
+    steps: int = 0
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    tokens: int = 0
+    precision: str = "float32"
+    resumed_from: int | None = None
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    items: Sequence[Encoded],
+    params: TrainParams,
+    *,
+    pad: int,
+    scratch: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    label: str = "training",
+) -> TrainLog:
+    """Train `model` in place.
+
+    Args:
+        model: A `PreTrainedModel` or `PeftModel`; only parameters that require a gradient are trained.
+        objective: The loss. Its own parameters, if it has any, are not trained.
+        items: Encoded rows; each has at least one trained token.
+        params: Optimiser settings.
+        pad: Token id of the padding.
+        scratch: Folder for checkpoints; what is whole there is resumed from. Remove it to start afresh.
+        seed: Order of the rows and dropout.
+        device: "cpu", "cuda" or "mps".
+        progress: Where progress goes.
+        label: What progress lines call it.
+
+    Returns:
+        The log of losses.
+
+    Raises:
+        DataError: When there are no rows, or a row trains no token.
+        ResidencyError: When the loss stops being a number.
+    """
+    if not items:
+        raise DataError("there are no rows to train on", hint="check quarantine.jsonl for the reasons")
+    if empty := [item.id for item in items if not item.answer]:
+        raise DataError(f"{len(empty)} rows train no token", where=empty[0], hint="every row needs an answer")
+    precision = params.precision
+    if precision == "auto":
+        precision = "bfloat16" if fast_bf16(device) else "float32"
+    arguments = TrainingArguments(
+        output_dir=str(scratch / "checkpoints"),
+        num_train_epochs=params.epochs,
+        max_steps=params.max_steps or -1,
+        per_device_train_batch_size=params.batch,
+        gradient_accumulation_steps=params.accumulate,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=params.warmup if params.warmup < 1 else 0.999999,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.clip,
+        bf16=precision == "bfloat16",
+        use_cpu=device == "cpu",
+        seed=seed,
+        data_seed=seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        average_tokens_across_devices=False,
+        train_sampling_strategy="group_by_length",
+        optim="adamw_torch",
+    )
+    progress = progress or Progress()
+    log = TrainLog(precision=precision, tokens=sum(len(item.answer) for item in items))
+    with quiet_transformers():
+        trainer = _ObjectiveTrainer(
+            objective,
+            model=model,
+            args=arguments,
+            train_dataset=_Items(items),
+            data_collator=lambda batch: collate([entry["item"] for entry in batch], pad),
+        )
+        checkpoint = _newest_whole(scratch / "checkpoints", progress)
+        log.resumed_from = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
+        trainer.remove_callback(
+            next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)
+        )
+        watcher = _Watcher(progress, label, params.checkpoint_seconds, log.resumed_from or 0)
+        trainer.add_callback(watcher)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            watcher.close()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log.steps = trainer.state.global_step
+    log.loss = [float(entry["loss"]) for entry in history]
+    log.learning_rate = [float(entry["learning_rate"]) for entry in history]
+    return log
+
+
+def loss_figure(log: TrainLog, ylabel: str) -> dict[str, Any]:
+    """The loss curve of a training, as a figure spec."""
+    steps = list(range(1, len(log.loss) + 1))
+    return {
+        "kind": "lines",
+        "title": "Training loss",
+        "xlabel": "optimiser step",
+        "ylabel": ylabel,
+        "series": [{"name": "loss", "x": steps, "y": [round(v, 5) for v in log.loss]}],
+    }
+
+
+class _Items(torch.utils.data.Dataset):
+    """Encoded rows as the Trainer's sampler wants them: it reads `input_ids` for the length, nothing else."""
+
+    def __init__(self, items: Sequence[Encoded]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        return {"input_ids": range(len(item)), "item": item}
+
+
+class _ObjectiveTrainer(Trainer):
+    """The Trainer with our loss contract; nothing else of it is changed."""
+
+    loss_is_scaled_for_ga = True
+    objective: Objective
+
+    def __init__(self, objective: Objective, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.objective = objective.to(self.args.device)
+        self._head_checked = False
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return batches, total
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = dict(inputs)
+        outputs = self._forward(model, batch)
+        total, count = self.objective(outputs, batch)
+        expected = self.objective.count(batch)
+        if int(count) != expected:
+            raise ResidencyError(f"{type(self.objective).__name__} summed {int(count)} items but announced {expected}")
+        if not torch.isfinite(total):
+            raise ResidencyError(
+                f"the loss is {total.item()} at step {self.state.global_step + 1}",
+                hint="lower learning-rate, or set precision: float32",
+            )
+        # DDP averages gradients over processes; the sum over all of them is wanted
+        loss = total / num_items_in_batch.clamp(min=1) * max(1, self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, batch: dict[str, Any]) -> Outputs:
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self.objective.wants == "logits":
+            return Outputs(logits=model(**given).logits)
+        result = model(**given, output_hidden_states=True, logits_to_keep=1)
+        embedding: Any = self.accelerator.unwrap_model(model).get_output_embeddings()
+        head = Head(embedding.weight, getattr(embedding, "bias", None))
+        hidden = result.hidden_states[-1]
+        if not self._head_checked:
+            check_head(head, hidden, result.logits)
+            self._head_checked = True
+        return Outputs(hidden=hidden, head=head)
+
+
+def check_head(head: Head, hidden: Tensor, logits: Tensor) -> None:
+    """Make sure that the model's logits are its head applied to its last hidden state, and nothing more.
+
+    Args:
+        head: The model's output embedding.
+        hidden: [B, T, D].
+        logits: [B, 1, V], the model's own, of the last position.
+
+    Raises:
+        ResidencyError: When they differ (a soft cap, a scale): losses that fuse the head would train another model.
+    """
+    with torch.no_grad():
+        mine = head(hidden[:, -1:].to(head.weight.dtype)).float()
+        gap = (mine - logits.float()).abs().max().item()
+        scale = logits.float().abs().max().item()
+    if not gap <= 0.05 * max(scale, 1.0):
+        raise ResidencyError(
+            f"this model changes its logits after the head (largest difference {gap:.3g})",
+            hint="use a loss in its dense form (Objective.wants = 'logits')",
+        )
+
+
+class _Watcher(TrainerCallback):
+    """Progress, checkpoints by time, and their seals."""
+
+    def __init__(self, progress: Progress, label: str, every: float, start: int) -> None:
+        self.progress, self.label, self.every, self.start = progress, label, every, start
+        self.last_save = time.monotonic()
+        self.context: Any = None
+        self.advance: Any = None
+        self.loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context = self.progress.task(self.label, state.max_steps)
+        self.advance = self.context.__enter__()
+        if self.start:
+            self.progress.say(f"  {self.label}: going on from step {self.start} of {state.max_steps}")
+            self.advance(self.start)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1, self.loss)
+        due = time.monotonic() - self.last_save >= self.every
+        if due and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        with store.disk_errors(folder):
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that resuming does not need
+            store.seal(folder, folder.name)
+            for older in sorted(folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+                if older != folder:
+                    shutil.rmtree(older)
+        self.last_save = time.monotonic()
+
+    def close(self) -> None:
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
+
+
+def _newest_whole(folder: Path, progress: Progress) -> Path | None:
+    """The newest checkpoint whose manifest holds; damaged ones are named and removed."""
+    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    for checkpoint in reversed(found):
+        reason = store.damage(checkpoint, checkpoint.name, thorough=True)
+        if reason is None:
+            return checkpoint
+        progress.say(f"  skipping the unfinished checkpoint {checkpoint.name}: {reason}")
+        shutil.rmtree(checkpoint)
+    return None
