@@ -1,6 +1,4 @@
-"""What a bug report needs and what goes wrong before any recipe: versions, conflicts, devices, embedded packages,
-disk.
-"""
+"""What a bug report needs: versions and their conflicts, devices, embedded packages, disk."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""EfficientNet-Lite0 in plain PyTorch, for the weights that ship in a registry package; and a tiny image encoder
-for tests.
+"""EfficientNet-Lite0 in plain PyTorch, for weights that ship in a registry package; and a tiny twin for tests.
 
 Seven stages of inverted bottlenecks (expand 1×1, depthwise k×k, project 1×1; residual where shapes allow), without
 the squeeze-excitation and with ReLU6 instead of swish, which is what "Lite" means. Parameter names follow the
@@ -68,9 +67,7 @@ class Bottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [B, 3, h, w], pixels scaled to (p − 127) / 128 → features [B, 1280] (`features`) or ImageNet logits
-    [B, 1000].
-    """
+    """Images [B, 3, h, w] of (pixel − 127) / 128 → features [B, 1280], or ImageNet logits [B, 1000]."""
 
     width = 1280
     size = 160

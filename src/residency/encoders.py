@@ -51,8 +51,9 @@ def item_of(row: Row) -> Any:
 
 
 class TextEncoder:
-    """Mean of the last hidden states over real tokens, scaled to length 1 (Reimers and Gurevych 2019, arXiv
-    1908.10084).
+    """Mean of the last hidden states over real tokens, scaled to length 1.
+
+    Source: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019, arXiv 1908.10084.
     """
 
     max_tokens = 256

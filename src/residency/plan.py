@@ -120,8 +120,7 @@ def make(recipe: Recipe) -> Plan:
 
     def examine(of: str, state: State) -> None:
         address = store.address_of(
-            ["exam", exam.version, _params(exam), keys.task.metric, guard and guard.metric, ports["model"]]
-            + [data_address, keys.seed]
+            ["exam", exam.version, _params(exam), state.metrics, ports["model"], data_address, keys.seed]
         )
         try:
             forecast = exam.plan(state)
@@ -143,8 +142,10 @@ def make(recipe: Recipe) -> Plan:
         inputs |= _further_bases(recipe, entry, index)
         pools = {name: data[f"{index}:{name}"] for name in entry.step.sources()}
         address = store.address_of(
-            [entry.name, entry.row.variant, entry.step.version, entry.params, inputs, keys.seed]
-            + [keys.max_chars, {name: pool.limit for name, pool in pools.items()}]
+            [
+                [entry.name, entry.row.variant, entry.step.version, entry.params, inputs, keys.seed],
+                [keys.max_chars, {name: pool.limit for name, pool in pools.items()}],
+            ]
         )
         pool_rows = sum(counts[f"{index}:{name}"][0] for name in pools)
         try:

@@ -1,6 +1,4 @@
-"""Progress lines with an estimate of what is left: rich bars in a terminal, plain lines elsewhere, nothing when
-silent.
-"""
+"""Progress with an estimate of what is left: rich bars in a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 

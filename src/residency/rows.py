@@ -120,7 +120,7 @@ class Reading:
         return sum(r.reason.startswith("the same row as") for r in self.refused)
 
 
-class _BadRow(ValueError):
+class _BadRowError(ValueError):
     """The reason why one row is refused."""
 
 
@@ -150,12 +150,12 @@ def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> 
             row = _row(raw, label, line, max_chars)
             first = seen.setdefault(row.key(), line)
             if first != line:
-                raise _BadRow(f"the same row as line {first}")
+                raise _BadRowError(f"the same row as line {first}")
             if row.id in ids:
-                raise _BadRow(f"the id {row.id!r} was used before")
+                raise _BadRowError(f"the id {row.id!r} was used before")
             ids.add(row.id)
             yield row
-        except _BadRow as reason:
+        except _BadRowError as reason:
             yield Refused(label, line, str(reason), _excerpt(raw))
 
 
@@ -202,10 +202,9 @@ def write(path: Path, rows: Iterable[Row]) -> int:
 
 
 def _records(source: Any, label: str) -> Iterator[tuple[int, Any]]:
-    """(line, dict or _BadRow) for every record of a source."""
+    """(line, dict or _BadRowError) for every record of a source."""
     if not isinstance(source, str | Path):
-        for line, record in enumerate(source, 1):
-            yield line, record
+        yield from enumerate(source, 1)
         return
     path = Path(source)
     if not path.exists():
@@ -232,7 +231,7 @@ def _load_from_disk(path: Path) -> Any:
         raise DataError(f"the folder is no `datasets` folder: {error}", where=str(path)) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | _BadRow]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | _BadRowError]]:
     """Decoded lines with their numbers; a line that is not UTF-8 or too long comes as its reason."""
     with path.open("rb") as handle:
         head = handle.read(4)
@@ -247,17 +246,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str | _BadRow]]:
             if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
                 while (rest := handle.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                     pass
-                yield number, _BadRow(f"the line is longer than {MAX_LINE >> 20} MiB")
+                yield number, _BadRowError(f"the line is longer than {MAX_LINE >> 20} MiB")
                 continue
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                yield number, _BadRow(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}")
+                yield number, _BadRowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(path):
-        if isinstance(line, _BadRow):
+        if isinstance(line, _BadRowError):
             yield number, line
         elif line.strip():
             try:
@@ -269,17 +268,17 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                         where=f"{path}:1",
                         hint="write one object per line: jq -c '.[]' file.json > file.jsonl",
                     ) from None
-                yield number, _BadRow(f"broken JSON: {error.msg} at column {error.colno}")
+                yield number, _BadRowError(f"broken JSON: {error.msg} at column {error.colno}")
             except (RecursionError, ValueError) as error:
-                yield number, _BadRow(f"broken JSON: {str(error)[:80]}")
+                yield number, _BadRowError(f"broken JSON: {str(error)[:80]}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    bad: list[tuple[int, _BadRow]] = []
+    bad: list[tuple[int, _BadRowError]] = []
 
     def good() -> Iterator[str]:
         for number, line in _lines(path):
-            if isinstance(line, _BadRow):
+            if isinstance(line, _BadRowError):
                 bad.append((number, line))
             else:
                 yield line.replace("\0", "")
@@ -293,7 +292,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             break
         except csv.Error as error:
-            yield reader.line_num + len(bad), _BadRow(f"broken CSV: {error}")
+            yield reader.line_num + len(bad), _BadRowError(f"broken CSV: {error}")
             continue
         yield from bad
         number = reader.line_num + len(bad)
@@ -304,7 +303,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError("two columns have the same name", where=f"{path}:1", hint=f"columns: {header}")
         elif len(cells) != len(header):
             if cells:
-                yield number, _BadRow(f"{len(cells)} cells, but the header has {len(header)} columns")
+                yield number, _BadRowError(f"{len(cells)} cells, but the header has {len(header)} columns")
         else:
             yield number, dict(zip(header, cells, strict=True))
     yield from bad
@@ -331,10 +330,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(raw: Any, label: str, line: int, max_chars: int) -> Row:
-    if isinstance(raw, _BadRow):
+    if isinstance(raw, _BadRowError):
         raise raw
     if not isinstance(raw, dict):
-        raise _BadRow(f"a row is an object with fields, not {type(raw).__name__}")
+        raise _BadRowError(f"a row is an object with fields, not {type(raw).__name__}")
     given = raw.get("id")
     identity = str(given) if isinstance(given, str | int) and str(given) else f"{label}:{line}"
     tag = next((str(raw[k]) for k in ("tag", "category", "type") if isinstance(raw.get(k), str)), None)
@@ -362,28 +361,28 @@ def _row(raw: Any, label: str, line: int, max_chars: int) -> Row:
     elif raw.get("label") is not None:
         row = Row(text=_text(raw, "text"), label=_label(raw), **common)
     elif raw.get("text") is not None or raw.get("image") is not None:
-        raise _BadRow("the field `label` is missing")
+        raise _BadRowError("the field `label` is missing")
     else:
         found = ", ".join(f"`{str(k)[:30]}`" for k in list(raw)[:6]) or "nothing"
-        raise _BadRow(f"no question and answer here (fields: {found})")
+        raise _BadRowError(f"no question and answer here (fields: {found})")
     size = sum(len(c) for _, c in row.messages) + len(row.text or "")
     if size > max_chars:
-        raise _BadRow(f"too long: {size:,} characters, at most {max_chars:,}")
+        raise _BadRowError(f"too long: {size:,} characters, at most {max_chars:,}")
     return row
 
 
 def _text(raw: dict, name: str) -> str:
     value = raw.get(name)
     if value is None:
-        raise _BadRow(f"the field `{name}` is missing")
+        raise _BadRowError(f"the field `{name}` is missing")
     if not isinstance(value, str):
-        raise _BadRow(f"the field `{name}` is {type(value).__name__}, not text")
+        raise _BadRowError(f"the field `{name}` is {type(value).__name__}, not text")
     if not value.strip():
-        raise _BadRow(f"the field `{name}` is empty")
+        raise _BadRowError(f"the field `{name}` is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _BadRow(f"the field `{name}` has characters that are not Unicode (lone surrogates)") from None
+        raise _BadRowError(f"the field `{name}` has characters that are not Unicode (lone surrogates)") from None
     return value
 
 
@@ -399,29 +398,29 @@ def _choices(raw: dict) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-        raise _BadRow("the field `choices` is not a list of texts")
+        raise _BadRowError("the field `choices` is not a list of texts")
     return tuple(value)
 
 
 def _turns(value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list) or not value:
-        raise _BadRow("the field `messages` is not a list of turns")
+        raise _BadRowError("the field `messages` is not a list of turns")
     turns = []
     for i, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise _BadRow(f"turn {i + 1} of `messages` has no role")
+            raise _BadRowError(f"turn {i + 1} of `messages` has no role")
         if turn["role"] not in ROLES:
-            raise _BadRow(f"turn {i + 1} has the unknown role `{turn['role'][:30]}`")
+            raise _BadRowError(f"turn {i + 1} has the unknown role `{turn['role'][:30]}`")
         turns.append((turn["role"], _text(turn, "content")))
     if turns[-1][0] != "assistant":
-        raise _BadRow("the last turn of `messages` is not the assistant's")
+        raise _BadRowError("the last turn of `messages` is not the assistant's")
     if not any(role == "user" for role, _ in turns[:-1]):
-        raise _BadRow("`messages` has no user turn before the answer")
+        raise _BadRowError("`messages` has no user turn before the answer")
     return tuple(turns)
 
 
 def _excerpt(raw: Any) -> str:
-    if isinstance(raw, _BadRow):
+    if isinstance(raw, _BadRowError):
         return ""
     try:
         text = json.dumps(raw, ensure_ascii=False, default=str)

@@ -219,9 +219,7 @@ class _Run:
         return outcome, job.quarantine
 
     def _port(self, port: str, node: planning.Node) -> Path:
-        """The file or folder that holds a port for a node: of the examined step, or of the last step before that
-        gave it.
-        """
+        """The file or folder that holds a port for a node: what the last node before it gave."""
         before = self.plan.nodes[: self.plan.nodes.index(node)]
         for earlier in reversed(before):
             if earlier.label in self.records and port in self.records[earlier.label]["paths"]:

@@ -156,9 +156,7 @@ def _again(job: Job):
 
 
 def _map(pool, vectors, trusted, examples, chosen, taken, seed: int) -> dict:
-    """All rows on the first two principal components, at most `MAP_POINTS` of them: the kept ones first, then a
-    sample.
-    """
+    """The pool on two principal components: the kept rows first, then a sample, at most `MAP_POINTS`."""
     import numpy as np
 
     from residency.encoders import principal_plane

@@ -62,7 +62,7 @@ def answer_logprobs(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[Sequence[int]]],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> list[list[Scored]]:
     """Score every candidate answer of every prompt.
@@ -73,8 +73,8 @@ def answer_logprobs(
         prompts: Token ids, at least one token each (a model cannot predict a first token from nothing: pass
             at least its BOS).
         answers: answers[i] lists the candidates of prompts[i], as token ids. An empty candidate scores (0.0, 0).
-        batch_tokens: Most tokens, cached ones included, held in one forward pass. A single longer sequence
-            still runs, alone.
+        batch_tokens: Most tokens, cached ones included, held in one forward pass; None means 512 on a CPU and
+            16384 elsewhere. A single longer sequence still runs, alone.
         device: Where the inputs go; the model's own device when None.
 
     Returns:
@@ -87,12 +87,13 @@ def answer_logprobs(
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but answers for {len(answers)}")
-    if batch_tokens < 1:
+    if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError("the prompt has no tokens", where=f"prompt {i}", hint="begin it with the BOS token")
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    batch_tokens = batch_tokens or (512 if device.type == "cpu" else 16384)  # measured on two AVX-512 cores
     scores: list[list[Scored]] = [[(0.0, 0)] * len(candidates) for candidates in answers]
     wanted = [i for i, candidates in enumerate(answers) if any(len(a) for a in candidates)]
     wanted.sort(key=lambda i: (len(prompts[i]), i))
