@@ -188,9 +188,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
                 row["seconds_all"] = [round(value, 4) for value in seconds[row["form"]]]
             for row in group[:-1]:
                 for key in ("extra_mib", "working_mib", "seconds"):
-                    row[f"{key.removesuffix('_mib')}_over_fused"] = round(
-                        row[key] / max(fused[key], 1e-9), 2
-                    )
+                    row[f"{key.removesuffix('_mib')}_over_fused"] = round(row[key] / max(fused[key], 1e-9), 2)
             rows += group
             for row in group:
                 show(row)

@@ -47,9 +47,7 @@ def test_cross_entropy_equals_torch(chunk, bias):
     assert_close(gradients(fused / 3, leaves), gradients(dense / 3, leaves))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
-)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("chunk", [1, 200, None])
 def test_lower_precision_computes_in_float32(dtype, rtol, chunk):
     leaves, head, targets = problem(dtype)
@@ -85,12 +83,8 @@ def test_gradcheck_of_both_functions(chunk):
     assert torch.autograd.gradcheck(
         lambda h, w, b: cross_entropy_sum(h, Head(w, b), targets, chunk_bytes=chunk), leaves
     )
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: selected_logits(h, Head(w, b), words, chunk_bytes=chunk), leaves
-    )
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: fused_sum(h, Head(w, b), square_rows, chunk_bytes=chunk), leaves
-    )
+    assert torch.autograd.gradcheck(lambda h, w, b: selected_logits(h, Head(w, b), words, chunk_bytes=chunk), leaves)
+    assert torch.autograd.gradcheck(lambda h, w, b: fused_sum(h, Head(w, b), square_rows, chunk_bytes=chunk), leaves)
 
 
 def square_rows(logits, rows, differentiate):
@@ -184,9 +178,7 @@ def test_equal_logits_are_listed_by_index():
     assert top_k(logits, 6)[1].tolist() == [[1, 3, 4, 0, 2, 6]]
     head = Head(logits.T)
     for chunk in (1, 8, None):
-        assert top_k_logits(torch.ones(1, 1), head, 6, chunk_bytes=chunk)[1].tolist() == [
-            [1, 3, 4, 0, 2, 6]
-        ]
+        assert top_k_logits(torch.ones(1, 1), head, 6, chunk_bytes=chunk)[1].tolist() == [[1, 3, 4, 0, 2, 6]]
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * D * 8, None])

@@ -25,7 +25,13 @@ def test_the_three_text_forms_and_classification(tmp_path):
     file = write_jsonl(
         tmp_path / "a.jsonl",
         [
-            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
             {"prompt": "Once", "completion": " upon"},
             {"instruction": "Add", "input": "1 2", "output": "3"},
             {"question": "Who?", "answer": "Me."},
@@ -40,7 +46,19 @@ def test_the_three_text_forms_and_classification(tmp_path):
 
 
 def test_rows_survive_writing_and_reading(tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [qa(1), {"prompt": "p", "completion": "c"}, {"text": "t", "label": "l"}, {"messages": [{"role": "user", "content": "ü"}, {"role": "assistant", "content": "ß"}], "choices": ["x"], "category": "k"}])
+    file = write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            qa(1),
+            {"prompt": "p", "completion": "c"},
+            {"text": "t", "label": "l"},
+            {
+                "messages": [{"role": "user", "content": "ü"}, {"role": "assistant", "content": "ß"}],
+                "choices": ["x"],
+                "category": "k",
+            },
+        ],
+    )
     first = rows.read(file).rows
     rows.write(tmp_path / "b.jsonl", first)
     assert rows.read(tmp_path / "b.jsonl").rows == first
@@ -153,7 +171,9 @@ def test_a_truncated_parquet_file_is_one_clear_error(tmp_path):
 def test_a_line_of_many_megabytes_is_refused_without_being_held(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MAX_LINE", 4096)
     file = tmp_path / "a.jsonl"
-    file.write_bytes(json.dumps({"instruction": "a", "output": "x" * 20_000}).encode() + b"\n" + json.dumps(GOOD).encode())
+    file.write_bytes(
+        json.dumps({"instruction": "a", "output": "x" * 20_000}).encode() + b"\n" + json.dumps(GOOD).encode()
+    )
     found = list(rows.stream(file))
     assert "longer than" in found[0].reason
     assert (found[1].line, found[1].answer) == (2, "Because.")
@@ -161,7 +181,29 @@ def test_a_line_of_many_megabytes_is_refused_without_being_held(tmp_path, monkey
 
 JSONISH = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["messages", "role", "content", "prompt", "completion", "instruction", "output", "text", "label", "image", "id", "choices"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "messages",
+                    "role",
+                    "content",
+                    "prompt",
+                    "completion",
+                    "instruction",
+                    "output",
+                    "text",
+                    "label",
+                    "image",
+                    "id",
+                    "choices",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
     max_leaves=8,
 )
 

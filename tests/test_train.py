@@ -40,7 +40,14 @@ def first_gradient(tiny, batch, accumulate, tmp_path, objective=None):
     torch.optim.AdamW.step = spy
     try:
         params = TrainParams(batch=batch, accumulate=accumulate, max_steps=1, **EXACT)
-        log = train.fit(model, objective or CrossEntropy(), items[:8], params, pad=tokenizer.pad_token_id, scratch=tmp_path / f"{batch}x{accumulate}")
+        log = train.fit(
+            model,
+            objective or CrossEntropy(),
+            items[:8],
+            params,
+            pad=tokenizer.pad_token_id,
+            scratch=tmp_path / f"{batch}x{accumulate}",
+        )
     finally:
         torch.optim.AdamW.step = original
     return caught, log
@@ -111,7 +118,9 @@ def test_resume_is_bit_exact_at_every_step(tiny, tmp_path, stop):
     def fit(scratch, progress=None):
         model = bases.load_causal_lm(folder)
         model.config.attention_dropout = 0.1  # randomness inside the model must be resumed too
-        log = train.fit(model, CrossEntropy(), items, params, pad=tokenizer.pad_token_id, scratch=scratch, seed=3, progress=progress)
+        log = train.fit(
+            model, CrossEntropy(), items, params, pad=tokenizer.pad_token_id, scratch=scratch, seed=3, progress=progress
+        )
         return weights(model), log
 
     torch.manual_seed(3)
@@ -130,14 +139,18 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tiny, tmp_path):
     folder, tokenizer, items = tiny
     params = TrainParams(batch=4, max_steps=4, checkpoint_seconds=0, precision="float32")
     with pytest.raises(_Stop):
-        train.fit(bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=_StopAt(3))
+        train.fit(
+            bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=_StopAt(3)
+        )
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     said = []
     progress = Progress()
     progress.say = said.append
-    log = train.fit(bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=progress)
+    log = train.fit(
+        bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=progress
+    )
     assert log.resumed_from is None
     assert log.steps == 4
     assert any("skipping" in line and "model.safetensors" in line for line in said)

@@ -140,7 +140,7 @@ def plan(recipe: RecipeFile, tiny: Tiny = False, as_json: AsJson = False) -> Non
     made = planning.make(_load(recipe, tiny))
     gflops = cpu_gflops()
     rate = gflops * 1e9 * planning.EFFICIENCY
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "node": node.label,
             "what": node.step.title if node.step else "read the data",

@@ -324,8 +324,9 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(text: str, file: Path) -> tuple[Any, Places]:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise RecipeError("the recipe is empty", where=f"{file}:1", hint="see recipes/ for examples")
@@ -343,7 +344,8 @@ def _read_yaml(text: str, file: Path) -> tuple[Any, Places]:
     except (ValueError, OverflowError) as error:
         raise RecipeError(f"a value cannot be read: {str(error)[:120]}", where=str(file)) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _plain(loader: Any, node: yaml.Node, path: Path_, file: Path, places: Places, above: set[int]) -> Any:

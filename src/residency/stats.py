@@ -157,9 +157,11 @@ def paired_difference(
     ids = sorted(a.keys() & b.keys())
     if not ids:
         raise ValueError("the two sides have no item in common: they were scored on different test sets")
-    before, after = (np.array([_parts(side[i], statistic is None) for i in ids]) for side in (a, b))
-    if before.shape != after.shape:
-        raise ValueError(f"parts before {before.shape[1:]} and after {after.shape[1:]} differ in number")
+    before, after = (np.array([np.atleast_1d(side[i]) for i in ids], dtype=np.float64) for side in (a, b))
+    if statistic is None and before.shape[1] == after.shape[1] == 1:
+        before, after = (np.column_stack([scores, np.ones(len(ids))]) for scores in (before, after))
+    if before.shape != after.shape or (statistic is None and before.shape[1] != 2):
+        raise ValueError(f"{before.shape[1]} parts before and {after.shape[1]} after do not fit this statistic")
     score, width = statistic or ratio, before.shape[1]
 
     def gain(totals: Array) -> Array:
@@ -178,11 +180,6 @@ def flips(
     fixed = [i for i in shared if before[i] < threshold <= after[i]]
     broken = [i for i in shared if after[i] < threshold <= before[i]]
     return fixed, broken
-
-
-def _parts(value: Parts, scores: bool) -> list[float]:
-    row = [float(x) for x in value] if isinstance(value, (Sequence, np.ndarray)) else [float(value)]
-    return [*row, 1.0] if scores and len(row) == 1 else row
 
 
 def _resamples(items: int, n: int, seed: int) -> Iterator[Array]:

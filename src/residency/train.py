@@ -162,8 +162,8 @@ def loss_figure(log: TrainLog, ylabel: str) -> dict[str, Any]:
 class LengthGrouped(torch.utils.data.Sampler[int]):
     """Random order in which the rows of one optimiser step have similar lengths, so that little is padded.
 
-    The order is a function of seed and epoch alone. (transformers' own length-grouped sampler draws from the global random
-    state, and a training resumed in a later epoch gets another order; measured with 5.23.)
+    The order is a function of seed and epoch alone. (transformers' own length-grouped sampler draws from the global
+    random state, and a training resumed in a later epoch gets another order; measured with 5.23.)
 
     Args:
         lengths: Of every row.
@@ -204,7 +204,7 @@ class _ObjectiveTrainer(Trainer):
         self._head_checked = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        rows = train_dataset if train_dataset is not None else self.train_dataset
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGrouped([len(row) for row in rows], step, self.args.seed)
 

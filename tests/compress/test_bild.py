@@ -22,10 +22,7 @@ def draw(*shape, seed=0, dtype=torch.float64, scale=4.0):
 def problem(dtype=torch.float64, n=N, scale=1.5):
     """Student hidden, weight, bias (all trainable) and the teacher's frozen hidden and head."""
     shapes = [(n, DS), (V, DS), (V,)]
-    student = [
-        draw(*shape, seed=i, dtype=dtype, scale=scale).requires_grad_()
-        for i, shape in enumerate(shapes)
-    ]
+    student = [draw(*shape, seed=i, dtype=dtype, scale=scale).requires_grad_() for i, shape in enumerate(shapes)]
     teacher = [draw(*shape, seed=9 + i, dtype=dtype) for i, shape in enumerate([(n, DT), (V, DT)])]
     return student, teacher[0], Head(teacher[1])
 
@@ -42,8 +39,7 @@ def brute_force(student, teacher, k, temperature, directions):
             ds = [(s[m] - s[n]) / temperature for m, n in pairs]
             zt, zs = math.fsum(map(math.exp, dt)), math.fsum(map(math.exp, ds))
             total += math.fsum(
-                math.exp(a) / zt * (a - math.log(zt) - b + math.log(zs))
-                for a, b in zip(dt, ds, strict=True)
+                math.exp(a) / zt * (a - math.log(zt) - b + math.log(zs)) for a, b in zip(dt, ds, strict=True)
             )
     return total
 
@@ -185,23 +181,17 @@ def test_fused_equals_dense(chunk, directions, k):
     (hidden, weight, bias), teacher_hidden, teacher_head = problem()
     params, leaves = BiLDParams(k=k, directions=directions), (hidden, weight, bias)
     dense, count = bild(Head(weight, bias)(hidden), teacher_head(teacher_hidden), params)
-    fused, fused_count = bild_fused(
-        hidden, Head(weight, bias), teacher_hidden, teacher_head, params, chunk_bytes=chunk
-    )
+    fused, fused_count = bild_fused(hidden, Head(weight, bias), teacher_hidden, teacher_head, params, chunk_bytes=chunk)
     assert_close(fused, dense)
     assert fused_count == count == N
     assert_close(torch.autograd.grad(fused / 3, leaves), torch.autograd.grad(dense / 3, leaves))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
-)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("chunk", [1, 300, None])
 def test_fused_in_lower_precision(dtype, rtol, chunk):
     student, teacher_hidden, teacher_head = problem(dtype)
-    fused, _ = bild_fused(
-        student[0], Head(*student[1:]), teacher_hidden, teacher_head, chunk_bytes=chunk
-    )
+    fused, _ = bild_fused(student[0], Head(*student[1:]), teacher_hidden, teacher_head, chunk_bytes=chunk)
     exact = [leaf.detach().double().requires_grad_() for leaf in student]
     teacher_logits = Head(teacher_head.weight.double())(teacher_hidden.double())
     dense, _ = bild(Head(*exact[1:])(exact[0]), teacher_logits)

@@ -64,23 +64,17 @@ def test_fused_equals_dense(chunk, params):
     student, teacher_hidden, teacher_head = problem()
     head = Head(*student[1:])
     dense, count = kl(head(student[0]), teacher_head(teacher_hidden), params)
-    fused, fused_count = kl_fused(
-        student[0], head, teacher_hidden, teacher_head, params, chunk_bytes=chunk
-    )
+    fused, fused_count = kl_fused(student[0], head, teacher_hidden, teacher_head, params, chunk_bytes=chunk)
     assert_close(fused, dense)
     assert fused_count == count == N
     assert_close(torch.autograd.grad(fused / 3, student), torch.autograd.grad(dense / 3, student))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
-)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("chunk", [1, 300, None])
 def test_fused_in_lower_precision(dtype, rtol, chunk):
     student, teacher_hidden, teacher_head = problem(dtype)
-    fused, _ = kl_fused(
-        student[0], Head(*student[1:]), teacher_hidden, teacher_head, chunk_bytes=chunk
-    )
+    fused, _ = kl_fused(student[0], Head(*student[1:]), teacher_hidden, teacher_head, chunk_bytes=chunk)
     exact = [leaf.detach().double().requires_grad_() for leaf in student]
     teacher_logits = Head(teacher_head.weight.double())(teacher_hidden.double())
     dense, _ = kl(Head(*exact[1:])(exact[0]), teacher_logits)
@@ -95,9 +89,7 @@ def test_fused_in_lower_precision(dtype, rtol, chunk):
 def test_gradcheck():
     student, teacher_hidden, teacher_head = problem(n=3)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: kl_fused(
-            h, Head(w, b), teacher_hidden, teacher_head, KLParams(2.0), chunk_bytes=400
-        )[0],
+        lambda h, w, b: kl_fused(h, Head(w, b), teacher_hidden, teacher_head, KLParams(2.0), chunk_bytes=400)[0],
         student,
     )
 

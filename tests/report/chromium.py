@@ -46,8 +46,14 @@ class Browser:
         self._in, answers = os.pipe()
         self._process = subprocess.Popen(
             [
-                "bash", "-c", f'exec "$@" 3<&{theirs} 4>&{answers}', "bash",
-                binary, *FLAGS, f"--user-data-dir={profile}", "about:blank",
+                "bash",
+                "-c",
+                f'exec "$@" 3<&{theirs} 4>&{answers}',
+                "bash",
+                binary,
+                *FLAGS,
+                f"--user-data-dir={profile}",
+                "about:blank",
             ],
             pass_fds=(theirs, answers),
             stdin=subprocess.DEVNULL,

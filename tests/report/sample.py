@@ -40,9 +40,7 @@ def sample_record() -> dict[str, Any]:
         for i in range(60)
     }
     items["q000"]["prompt"] = f"¿Necesito licencia para {HOSTILE} un balcón? 建築許可 🏗️ | pipe `tick`"
-    guard = {
-        f"g{i:02d}": {"prompt": f"Capital no. {i}?", "answer": f"City {i}"} for i in range(40)
-    }
+    guard = {f"g{i:02d}": {"prompt": f"Capital no. {i}?", "answer": f"City {i}"} for i in range(40)}
     exams = [_exam(rng, row, items, guard) for row in EXAMS]
     return {
         "schema": 1,
@@ -148,9 +146,7 @@ steps:
 """
 
 
-def _data(
-    source: str, rows: int, digits: str, refused: int = 0, duplicates: int = 0
-) -> dict[str, Any]:
+def _data(source: str, rows: int, digits: str, refused: int = 0, duplicates: int = 0) -> dict[str, Any]:
     return {
         "source": source,
         "rows": rows,
@@ -173,12 +169,20 @@ def _exam(rng: random.Random, row: tuple, items: dict, guard: dict) -> dict[str,
         found = []
         for i, (name, item) in enumerate(questions.items()):
             right = order.random() + rng.uniform(-0.12, 0.12) < level
-            wrong = HOSTILE if i == 0 else ANSWERS[(ANSWERS.index(item["answer"]) + 1) % 4] if item["answer"] in ANSWERS else "no idea"
-            found.append({
-                "id": name,
-                "score": float(right),
-                "prediction": item["answer"] if right else wrong,
-            })
+            wrong = (
+                HOSTILE
+                if i == 0
+                else ANSWERS[(ANSWERS.index(item["answer"]) + 1) % 4]
+                if item["answer"] in ANSWERS
+                else "no idea"
+            )
+            found.append(
+                {
+                    "id": name,
+                    "score": float(right),
+                    "prediction": item["answer"] if right else wrong,
+                }
+            )
         value = sum(entry["score"] for entry in found) / len(found)
         return {**_interval(value, len(found)), "items": found}
 
@@ -227,12 +231,14 @@ def _comparisons(exams: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for i, exam in enumerate(exams[1:], start=1):
         for against in [exams[0]] if i == 1 else [exams[0], exams[i - 1]]:
-            found.append({
-                "of": exam["id"],
-                "against": against["id"],
-                **_difference(against["task"], exam["task"]),
-                "guard": _difference(against["guard"], exam["guard"]),
-            })
+            found.append(
+                {
+                    "of": exam["id"],
+                    "against": against["id"],
+                    **_difference(against["task"], exam["task"]),
+                    "guard": _difference(against["guard"], exam["guard"]),
+                }
+            )
     return found
 
 
@@ -272,16 +278,22 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
             402.0,
             params={"rank": 16, "epochs": 2, "learning-rate": 0.0003},
             summary={"rows": 240, "trainable parameters": 4_884_480, "last loss": 0.4127},
-            figures=[{
-                "kind": "lines",
-                "title": "Loss while tuning",
-                "xlabel": "optimiser step",
-                "ylabel": "loss (nats per token)",
-                "series": [
-                    {"name": "training", "x": list(range(160)), "y": losses},
-                    {"name": "held-out rows", "x": list(range(0, 160, 20)), "y": [losses[i] + 0.12 for i in range(0, 160, 20)]},
-                ],
-            }],
+            figures=[
+                {
+                    "kind": "lines",
+                    "title": "Loss while tuning",
+                    "xlabel": "optimiser step",
+                    "ylabel": "loss (nats per token)",
+                    "series": [
+                        {"name": "training", "x": list(range(160)), "y": losses},
+                        {
+                            "name": "held-out rows",
+                            "x": list(range(0, 160, 20)),
+                            "y": [losses[i] + 0.12 for i in range(0, 160, 20)],
+                        },
+                    ],
+                }
+            ],
         ),
         _step(
             "03-distill",
@@ -310,16 +322,18 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
             38.2,
             params={"kv-heads": 1},
             summary={"kv heads": "3 → 1", "cache": "÷ 3"},
-            figures=[{
-                "kind": "heatmap",
-                "title": "Similarity of key heads before merging",
-                "x": ["0·1", "0·2", "1·2"],
-                "y": [f"layer {i}" for i in range(20)],
-                "z": [[round(rng.uniform(0.2, 1), 3) for _ in range(3)] for _ in range(20)],
-                "xlabel": "pair of heads",
-                "ylabel": "",
-                "note": "Pairs near 1 lose little when merged.",
-            }],
+            figures=[
+                {
+                    "kind": "heatmap",
+                    "title": "Similarity of key heads before merging",
+                    "x": ["0·1", "0·2", "1·2"],
+                    "y": [f"layer {i}" for i in range(20)],
+                    "z": [[round(rng.uniform(0.2, 1), 3) for _ in range(3)] for _ in range(20)],
+                    "xlabel": "pair of heads",
+                    "ylabel": "",
+                    "note": "Pairs near 1 lose little when merged.",
+                }
+            ],
         ),
     ]
 
@@ -330,7 +344,10 @@ def _curation_figures(rng: random.Random) -> list[dict[str, Any]]:
     centre = {"kept": (0, 0), reasons[1]: (2.2, 1), reasons[2]: (0.4, -0.5), reasons[3]: (-2, 1.6)}
     hover = [f"Row {i}: {QUESTIONS[i % 3].format('repair', 'the roof')}\n{g}" for i, g in enumerate(group)]
     hover[0] = HOSTILE + ' <b>bold</b> <a href="javascript:alert(1)">click</a>'
-    rows = [[i, g, round(rng.random(), 3), QUESTIONS[i % 3].format(VERBS[i % 5], OBJECTS[i % 4])] for i, g in enumerate(group)]
+    rows = [
+        [i, g, round(rng.random(), 3), QUESTIONS[i % 3].format(VERBS[i % 5], OBJECTS[i % 4])]
+        for i, g in enumerate(group)
+    ]
     rows[0][3] = HOSTILE
     return [
         {

@@ -16,9 +16,9 @@ class StudentSection(Params):
 
     layers: int | None = Field(None, ge=2)
     """Keep so many decoder layers of the current model."""
-    choose: Literal["greedy", "influence", "even"] = "greedy"
-    """How to choose them: drop one at a time the layer whose loss is least missed; by block influence; or evenly
-    spaced.
+    choose: Literal["greedy", "loss", "influence", "even"] = "greedy"
+    """How to choose them: remove one at a time the layer that the answers' loss misses least, measuring again each time;
+    measure that loss once; by block influence; or evenly spaced.
     """
     calibrate: int = Field(24, ge=1)
     """Rows on which the layers' importance is measured."""
@@ -104,11 +104,9 @@ class Distill(Step):
         tokens = rows * state.tokens_per_row
         backward = 3 if p.rank is None else 2
         flops = tokens * (teacher.flops_per_token() + backward * student.flops_per_token())
-        if p.student.layers and p.student.choose == "greedy":
-            dropped = teacher.layers - p.student.layers
-            flops += (
-                0.5 * dropped * teacher.layers * p.student.calibrate * state.tokens_per_row * teacher.flops_per_token()
-            )
+        if p.student.layers:
+            passes = _calibration_passes(teacher.layers, p.student.layers, p.student.choose)
+            flops += passes * p.student.calibrate * state.tokens_per_row * teacher.flops_per_token()
         # teacher, student, and for a full training its gradient and AdamW's two moments, all float32
         copies = 4 if p.rank is None else 1.2
         peak = int(4 * (teacher.parameters + copies * student.parameters)) + activation_bytes(state, p.batch)
@@ -189,7 +187,10 @@ class Distill(Step):
 
     def _student(self, teacher: Any, items: Any, tokenizer: Any, job: Job) -> tuple[Any, dict[str, Any], list[Any]]:
         """The untrained student, what to say of it, and the figure of its layers."""
+        import torch
+
         from residency import bases, tokens
+        from residency.compat import fast_bf16
         from residency.compress import layers
 
         p = self.params.student
@@ -199,17 +200,22 @@ class Distill(Step):
         some = sorted(items[: p.calibrate], key=len)
         batches = [tokens.collate(some[i : i + 8], tokenizer.pad_token_id) for i in range(0, len(some), 8)]
         total = _layers(teacher)
-        if p.choose == "even":
-            keep = sorted({round(i * (total - 1) / (p.layers - 1)) for i in range(p.layers)})
-            importance, what = [0.0] * total, "layer (evenly spaced, nothing measured)"
-        elif p.choose == "influence":
-            measured = layers.block_influence(teacher, batches, progress=job.progress)
-            keep = layers.choose_layers(measured, p.layers)
-            importance, what = measured.tolist(), "block influence, 1 − cosine of input and output"
-        else:
-            keep, _ = layers.prune_greedily(teacher, batches, p.layers, progress=job.progress)
-            importance = layers.loss_increase(teacher, batches).tolist()
-            what = "increase of the answer loss when the layer is skipped, nats per token"
+        what = "increase of the answer loss when the layer is skipped, nats per token"
+        half = self.params.precision != "float32" and fast_bf16(job.device)
+        with torch.autocast(job.device, torch.bfloat16, enabled=half):
+            if p.choose == "even":
+                keep = sorted({round(i * (total - 1) / (p.layers - 1)) for i in range(p.layers)})
+                importance, what = [0.0] * total, "nothing measured: evenly spaced"
+            elif p.choose == "influence":
+                measured = layers.block_influence(teacher, batches, progress=job.progress)
+                keep = layers.choose_layers(measured, p.layers)
+                importance, what = measured.tolist(), "block influence, 1 − cosine of input and output"
+            elif p.choose == "loss":
+                measured = layers.loss_increase(teacher, batches, progress=job.progress)
+                keep, importance = layers.choose_layers(measured, p.layers), measured.tolist()
+            else:
+                keep, rounds = layers.prune_greedily(teacher, batches, p.layers, progress=job.progress)
+                importance = rounds[0].tolist()
         figure = {
             "kind": "bars",
             "title": "Layers kept and dropped",
@@ -221,6 +227,13 @@ class Distill(Step):
         }
         dropped = [i for i in range(total) if i not in keep]
         return layers.keep_layers(teacher, keep), {"dropped_layers": ", ".join(map(str, dropped))}, [figure]
+
+
+def _calibration_passes(total: int, keep: int, choose: str) -> float:
+    """Forward passes of the calibration rows that choosing the layers takes (see `residency.compress.layers`)."""
+    if choose == "greedy":
+        return sum(1 + (total - r) ** 2 / (2 * total) for r in range(total - keep))
+    return {"even": 0.0, "influence": 1.0, "loss": 1 + total / 2}[choose]
 
 
 def _layers(model: Any) -> int:

@@ -1,59 +1,81 @@
-"""Two examinations of the same items: the difference with its paired interval, and which items flipped."""
+"""Two examinations of the same items: the difference with its paired interval, and which items flipped.
+
+Works on run.json's own entries, so that a record can be compared long after its models are gone.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from residency import stats
+from residency import catalog
+from residency.evaluate.metric import Item, Metric, Score
 
-PROPERTIES: dict[str, dict[str, Any]] = {
-    "choice-accuracy": {"unit": "share", "higher_is_better": True, "chance": 0.25},
-    "bits-per-byte": {"unit": "bits/byte", "higher_is_better": False, "chance": None},
-    "exact-match": {"unit": "share", "higher_is_better": True, "chance": None},
-    "rouge-l": {"unit": "F-measure", "higher_is_better": True, "chance": None},
-    "macro-f1": {"unit": "F1", "higher_is_better": True, "chance": None},
+UNITS = {
+    "choice-accuracy": ("share", 0.25),
+    "bits-per-byte": ("bits/byte", None),
+    "exact-match": ("share", None),
+    "rouge-l": ("F-measure", None),
+    "macro-f1": ("F1", None),
 }
+"""Unit of each metric, and its chance level where it has one (four choices)."""
 
 
-def properties(metric: str) -> dict[str, Any]:
+def metric_of(name: str) -> Metric:
+    """A fresh metric by its catalogue name."""
+    return catalog.method(name).load()()
+
+
+def properties(name: str) -> dict[str, Any]:
     """Unit, direction and chance level of a metric."""
-    return dict(PROPERTIES[metric])
+    unit, chance = UNITS[name]
+    return {"unit": unit, "higher_is_better": metric_of(name).higher_is_better, "chance": chance}
 
 
-def compare(
-    after: dict[str, Any], before: dict[str, Any], metric: str, guard: str | None, resamples: int = 2000
-) -> dict[str, Any]:
+def entry(score: Score) -> dict[str, Any]:
+    """A score as run.json holds it."""
+    items = [{k: v for k, v in vars(item).items() if v is not None} for item in score.items]
+    for item in items:
+        item["score"] = round(item["score"], 6)
+        if item["weight"] == 1:
+            del item["weight"]
+    rounded = {k: round(getattr(score, k), 6) for k in ("value", "low", "high")}
+    return rounded | {"n": score.n, "items": items}
+
+
+def _score(entry: dict[str, Any]) -> Score:
+    items = tuple(Item(**item) for item in entry["items"])
+    return Score(entry["value"], entry["low"], entry["high"], entry["n"], items)
+
+
+def compare(after: dict[str, Any], before: dict[str, Any], task: str, guard: str | None) -> dict[str, Any]:
     """One entry of run.json's `comparisons`.
 
     Args:
-        after, before: Entries of run.json's `exams`.
-        metric: The task's metric.
+        after: Entry of run.json's `exams`.
+        before: The entry it is held against.
+        task: The task's metric.
         guard: The guard's metric, or None.
-        resamples: Of the paired bootstrap.
 
     Returns:
-        {of, against, difference, low, high, n, fixed, broken, guard}; the numbers are None where one of the two has no score.
+        {of, against, difference, low, high, n, fixed, broken, guard}; numbers are None where a score is missing.
     """
-    found = {"of": after["id"], "against": before["id"]} | _part(after["task"], before["task"], metric, resamples)
-    both = guard is not None and after["guard"] is not None and before["guard"] is not None
-    return found | {"guard": _part(after["guard"], before["guard"], guard or "", resamples) if both else None}
+    both = guard is not None and bool(after["guard"]) and bool(before["guard"])
+    return {
+        "of": after["id"],
+        "against": before["id"],
+        **_part(after["task"], before["task"], task),
+        "guard": _part(after["guard"], before["guard"], guard) if both and guard else None,
+    }
 
 
-def _part(after: Any, before: Any, metric: str, resamples: int) -> dict[str, Any]:
-    empty = {"difference": None, "low": None, "high": None, "n": 0, "fixed": [], "broken": []}
+def _part(after: Any, before: Any, name: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"difference": None, "low": None, "high": None, "n": 0, "fixed": [], "broken": []}
     if not after or not before:
-        return empty
-    a = {item["id"]: item["score"] for item in after["items"]}
-    b = {item["id"]: item["score"] for item in before["items"]}
-    weights = {item["id"]: item["weight"] for item in before["items"] if "weight" in item} or None
-    if not set(a) & set(b):
-        return empty
-    fixed, broken = stats.flips(b, a) if PROPERTIES[metric]["higher_is_better"] else ([], [])
-    if metric == "macro-f1":
-        from residency.evaluate.macro_f1 import paired
-
-        difference = paired(before["items"], after["items"], resamples)
-    else:
-        difference = stats.paired_difference(b, a, weights, n=resamples)
+        return nothing
+    metric, a, b = metric_of(name), _score(after), _score(before)
+    if not {i.id for i in a.items} & {i.id for i in b.items}:
+        return nothing
+    difference = metric.difference(b, a)
+    fixed, broken = metric.flips(b, a)
     numbers = {k: round(getattr(difference, k), 6) for k in ("difference", "low", "high")}
     return numbers | {"n": difference.n, "fixed": fixed, "broken": broken}

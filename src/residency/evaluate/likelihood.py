@@ -35,9 +35,9 @@ Inputs: token ids; the caller applies the chat template. Relations: `choice` ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ def answer_logprobs(
     *,
     batch_tokens: int | None = None,
     device: torch.device | str | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[list[Scored]]:
     """Score every candidate answer of every prompt.
 
@@ -76,6 +77,8 @@ def answer_logprobs(
         batch_tokens: Most tokens, cached ones included, held in one forward pass; None means 512 on a CPU and
             16384 elsewhere. A single longer sequence still runs, alone.
         device: Where the inputs go; the model's own device when None.
+        advance: Called with the number of prompts whose candidates are done. Hand over the whole test set and watch it
+            here, rather than cutting it into pieces, which would lose the sorting by length.
 
     Returns:
         One list per prompt, one (sum of log p, number of tokens) per candidate. Independent of the order and
@@ -89,9 +92,8 @@ def answer_logprobs(
         raise ValueError(f"{len(prompts)} prompts but answers for {len(answers)}")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise DataError("the prompt has no tokens", where=f"prompt {i}", hint="begin it with the BOS token")
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise DataError("the prompt has no tokens", where=f"prompt {empty[0]}", hint="begin it with the BOS token")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     batch_tokens = batch_tokens or (512 if device.type == "cpu" else 16384)  # measured on two AVX-512 cores
     scores: list[list[Scored]] = [[(0.0, 0)] * len(candidates) for candidates in answers]
@@ -115,6 +117,8 @@ def answer_logprobs(
                 cached = _rows(cache, [k for k, _, _ in batch])
                 for (_, i, j), total in zip(batch, _score(model, cached, tails, targets, device), strict=True):
                     scores[i][j] = (total, len(answers[i][j]))
+            if advance is not None:
+                advance(len(wave))
     return scores
 
 
@@ -174,7 +178,7 @@ def _rows(cache: DynamicCache | None, index: list[int]) -> DynamicCache | None:
     if cache is None:
         return None
     new = DynamicCache()
-    for layer in cache.layers:
+    for layer in cast(list[Any], cache.layers):
         fresh = DynamicLayer()
         fresh.lazy_initialization(layer.keys, layer.values)
         if layer.keys.shape[0] == 1:  # a view: the layer's own concatenation makes the copy

@@ -132,8 +132,10 @@ class Metric:
         shared = {item.id for item in before.items} & {item.id for item in after.items}
         rows = [[item for item in side.items if item.id in shared] for side in (before, after)]
         both = self.parts([*rows[0], *rows[1]]).tolist() if shared else []
-        a, b = ({item.id: row for item, row in zip(side, part, strict=True)}
-                for side, part in zip(rows, (both[: len(shared)], both[len(shared) :]), strict=True))
+        a, b = (
+            {item.id: row for item, row in zip(side, part, strict=True)}
+            for side, part in zip(rows, (both[: len(shared)], both[len(shared) :]), strict=True)
+        )
         return paired_difference(a, b, n, seed, level, statistic=self.statistic)
 
     def flips(self, before: Score, after: Score) -> tuple[list[str], list[str]]:

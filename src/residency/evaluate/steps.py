@@ -1,7 +1,7 @@
 """Recipe step of the evaluate stage: `evaluate`, the examination that the base and every model of a run sits.
 
-Scores are computed in float32 on a CPU, so that they do not depend on how items are batched. The same items, prompts and wrong
-answers are used for every model of a run; that is what makes the comparison paired.
+Scores are computed in float32 on a CPU, so that they do not depend on how items are batched. The same items,
+prompts and wrong answers are used for every model of a run; that is what makes the comparison paired.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class Evaluate(Step):
             metrics.append("bits-per-byte")
         scores = self._score(metrics, model, tokenizer, test, job, "task")
         outcome.extra["task"] = scores[metrics[0]]
-        outcome.extra["extra"] = {
-            name: {k: v for k, v in scores[name].items() if k != "items"} for name in metrics[1:]
-        }
+        outcome.extra["extra"] = {name: {k: v for k, v in scores[name].items() if k != "items"} for name in metrics[1:]}
         if job.guard:
             metric = job.task["guard"]
             guard = rows.read(job.guard).rows
@@ -134,7 +132,14 @@ class Evaluate(Step):
         found: dict[str, dict[str, Any]] = {}
         if wanted := [m for m in metrics if m in LIKELIHOOD]:
             found |= scoring.by_likelihood(
-                wanted, model, tokenizer, test, choices=self.params.choices, progress=job.progress, label=what, **settings
+                wanted,
+                model,
+                tokenizer,
+                test,
+                choices=self.params.choices,
+                progress=job.progress,
+                label=what,
+                **settings,
             )
         if wanted := [m for m in metrics if m not in LIKELIHOOD]:
             found |= scoring.by_generation(

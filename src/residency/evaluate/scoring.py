@@ -1,0 +1,153 @@
+"""From rows and a model to entries of run.json: which tokens are scored, which wrong answers are drawn, one pass
+for all.
+
+Choice accuracy needs log p(answer | question) of the right answer and of wrong ones, bits per byte that of the
+right one alone: both are taken from the same forward passes. The context of the unconditional likelihood is the
+same prompt with an empty question, so that template and system turn cancel out of the ratio.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from residency import tokens
+from residency.errors import DataError
+from residency.evaluate.bits_per_byte import BitsPerByte
+from residency.evaluate.choice import ChoiceAccuracy, distractors
+from residency.evaluate.compare import entry, metric_of
+from residency.evaluate.likelihood import answer_logprobs
+from residency.progress import Progress
+from residency.rows import Row
+
+
+def by_likelihood(
+    metrics: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    choices: int = 4,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    label: str = "scoring",
+) -> dict[str, dict[str, Any]]:
+    """Choice accuracy and bits per byte.
+
+    Args:
+        metrics: Which of the two.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        rows: Held-out rows; a row's own `choices` are used before answers of other rows are drawn.
+        choices: Candidates per row, the right one included.
+        resamples: Of the bootstrap.
+        seed: Of the drawn answers and of the bootstrap.
+        progress: Where progress goes.
+        label: What progress calls it.
+
+    Returns:
+        Metric → entry of run.json.
+    """
+    encoded = {row.id: tokens.encode(row, tokenizer) for row in rows}
+    wrong = _wrong_answers(rows, choices - 1, seed) if "choice-accuracy" in metrics else {}
+    texts = {row.id: [row.answer, *wrong.get(row.id, [])] for row in rows}
+    candidates = {
+        row.id: [encoded[row.id].answer, *(_answer(row, text, tokenizer) for text in texts[row.id][1:])] for row in rows
+    }
+    conditional: dict[str, list[float]] = {}
+    with (progress or Progress()).task(f"scoring the {label}", len(rows)) as advance:
+        for start in range(0, len(rows), 16):
+            part = [row.id for row in rows[start : start + 16]]
+            scored = answer_logprobs(model, [encoded[i].prompt for i in part], [candidates[i] for i in part])
+            conditional |= {i: [total for total, _ in found] for i, found in zip(part, scored, strict=True)}
+            advance(len(part))
+    result: dict[str, dict[str, Any]] = {}
+    if "choice-accuracy" in metrics:
+        alone = _alone(model, tokenizer, rows[0], candidates)
+        choice = ChoiceAccuracy()
+        for row in rows:
+            base = [alone[tuple(answer)] for answer in candidates[row.id]]
+            choice.update(row.id, texts[row.id], conditional[row.id], base)
+        result["choice-accuracy"] = entry(choice.compute(resamples, seed))
+    if "bits-per-byte" in metrics:
+        bits = BitsPerByte()
+        for row in rows:
+            bits.update(row.id, conditional[row.id][0], row.answer)
+        result["bits-per-byte"] = entry(bits.compute(resamples, seed))
+    return result
+
+
+def by_generation(
+    metrics: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int = 64,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    label: str = "scoring",
+) -> dict[str, dict[str, Any]]:
+    """Metrics of greedily generated answers (see `by_likelihood` for the arguments)."""
+    from residency.evaluate.generate import generate
+
+    found = {name: metric_of(name) for name in metrics}
+    prompts = [tokens.encode(row, tokenizer).prompt for row in rows]
+    with (progress or Progress()).task(f"answering the {label}", len(rows)) as advance:
+        for row, text in zip(rows, generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens), strict=True):
+            for metric in found.values():
+                metric.update(row.id, text.strip(), row.answer)  # type: ignore[attr-defined]
+            advance(1)
+    return {name: entry(metric.compute(resamples, seed)) for name, metric in found.items()}
+
+
+def of_predictions(
+    metric: str, rows: Sequence[Row], predictions: Sequence[str], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """A metric of predicted labels."""
+    found: Any = metric_of(metric)
+    for row, prediction in zip(rows, predictions, strict=True):
+        found.update(row.id, prediction, row.answer)
+    return entry(found.compute(resamples, seed))
+
+
+def confusion(gold: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
+    """The confusion matrix as a figure spec: rows are the truth."""
+    classes = sorted({*gold, *said})
+    counts = Counter(zip(gold, said, strict=True))
+    return {
+        "kind": "heatmap",
+        "title": "Confusion",
+        "x": classes,
+        "y": classes,
+        "z": [[counts[g, s] for s in classes] for g in classes],
+        "xlabel": "predicted",
+        "ylabel": "true",
+    }
+
+
+def _wrong_answers(rows: Sequence[Row], n: int, seed: int) -> dict[str, list[str]]:
+    """Wrong answers per row: its own choices, or answers of other held-out rows."""
+    answers = {row.id: row.answer for row in rows}
+    given = {row.id: [c for c in row.choices if c != row.answer] for row in rows if row.choices}
+    if short := [i for i, own in given.items() if not own]:
+        raise DataError("the row's choices hold no wrong answer", where=short[0])
+    drawn = distractors(answers, n, seed) if len(given) < len(rows) else {}
+    return {i: given[i] if i in given else [answers[other] for other in drawn[i]] for i in answers}
+
+
+def _answer(row: Row, text: str, tokenizer: Any) -> tuple[int, ...]:
+    return tokens.encode(replace(row, messages=(*row.messages[:-1], ("assistant", text))), tokenizer).answer
+
+
+def _alone(model: Any, tokenizer: Any, row: Row, candidates: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Log-probability, given an empty question, of every distinct candidate, each computed once."""
+    distinct = list(dict.fromkeys(tuple(answer) for found in candidates.values() for answer in found))
+    empty = replace(row, messages=(("user", ""), ("assistant", "x")))
+    prompt = tokens.encode(empty, tokenizer).prompt
+    scored = answer_logprobs(model, [prompt], [distinct])[0]
+    return {answer: total for answer, (total, _) in zip(distinct, scored, strict=True)}

@@ -1,0 +1,6 @@
+"""Placeholder until the exporter lands."""
+
+
+def exportable(config):
+    """Which formats are possible."""
+    return {"hf": None}
