@@ -9,15 +9,15 @@ from residency.evaluate import likelihood
 from residency.evaluate.likelihood import answer_logprobs, evaluating
 
 VOCAB = 97
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 
 
 def build(name):
@@ -141,9 +141,8 @@ def test_edges():
     assert answer_logprobs(model, [], []) == []
     assert answer_logprobs(model, [[5]], [[]]) == [[]]
     assert answer_logprobs(model, [[5], [6]], [[[]], []]) == [[(0.0, 0)], []]
-    one, twice = answer_logprobs(model, [[5], [5, 6], [5, 6]], [[[7]], [[7, 8]], [[7, 8]]])[0:3:2], None
-    expected = naive(model, [[5], [5, 6]], [[[7]], [[7, 8]]])
-    assert worst(one, expected) < 1e-4, twice
+    twice = ([[5], [5, 6], [5, 6]], [[[7]], [[7, 8]], [[7, 8]]])  # one prompt and answer repeated
+    assert worst(answer_logprobs(model, *twice), naive(model, *twice)) < 1e-4
     nested = [[1, 2], [1, 2, 3], [1, 2, 3, 4]]  # each prompt begins the next
     same = [[[9, 9]]] * 3
     assert worst(answer_logprobs(model, nested, same), naive(model, nested, same)) < 1e-4
@@ -181,9 +180,8 @@ def test_leaves_the_model_as_it_was():
 
 def test_modes_come_back_after_an_error():
     model = build("llama").train()
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        1 / model.training
     assert model.training
 
 

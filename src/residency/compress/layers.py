@@ -208,15 +208,14 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     memo: dict[int, Any] = {}
     memo[id(old)] = nn.ModuleList(copy.deepcopy(old[layer], memo) for layer in kept)
     small = copy.deepcopy(model, memo)
-    backbone, new = decoder(small)
-    for place, layer in enumerate(new):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = place  # type: ignore[assignment]
-    for name, value in list(vars(backbone.config).items()):
+    config = small.base_model.config
+    for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == len(old) and name not in _NOT_PER_LAYER:
-            setattr(backbone.config, name, [value[layer] for layer in kept])
-    backbone.config.num_hidden_layers = len(kept)
+            setattr(config, name, [value[layer] for layer in kept])
+    config.num_hidden_layers = len(kept)
+    for place, layer in enumerate(decoder(small)[1]):
+        for module in layer.modules():
+            vars(module).update(dict.fromkeys(vars(module).keys() & {"layer_idx", "layer_id"}, place))
     _check_places(small, kept)
     return small
 
@@ -290,17 +289,23 @@ def _barred(L: int, keep: int, ends: Ends) -> set[int]:
 
 
 def _check_places(small: PreTrainedModel, kept: list[int]) -> None:
-    """Raise PlanError unless a model rebuilt from the config would treat every layer as its copy is treated."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        rebuilt = type(small)(small.config)
+    """Raise PlanError unless a model rebuilt from the saved config would treat every layer as its copy is treated."""
+    where = f"layers {kept} of a {type(small).__name__}"
+    hint = "keep layers that repeat the model's pattern, or choose another base model"
+    try:
+        config = type(small.config).from_dict(small.config.to_dict())
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            rebuilt = type(small)(config)
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise PlanError(f"the config cannot describe the shallower model: {error}", where=where, hint=hint) from error
     pairs = zip(decoder(small)[1], decoder(rebuilt)[1], strict=True)
     for place, (copied, fresh) in enumerate(pairs):
-        differing = _differences(copied, fresh)
-        if differing:
+        for difference in _differences(copied, fresh):
             raise PlanError(
-                f"layer {kept[place]} cannot become layer {place} of a {type(small).__name__}: {differing[0]} depends "
-                "on the position, so the saved model would be another one",
-                hint="keep a set of layers that repeats the model's pattern, or choose another base model",
+                f"layer {kept[place]} cannot become layer {place}: its {difference} depends on the position, so the "
+                "saved model would be another one",
+                where=where,
+                hint=hint,
             )
 
 

@@ -1,0 +1,544 @@
+"""The checks of each role. A case fills in the hooks; everything named `check_…` must hold."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from residency.catalog import Method
+
+
+class Case:
+    """What all roles share: the catalogue row and the parameter model."""
+
+    name: ClassVar[str]
+    role: ClassVar[str]
+    row: Method | None = None
+    params: ClassVar[Any] = None
+    """The method's pydantic parameter model, if it has one."""
+
+    def check_metadata(self) -> None:
+        """The row names title, reference, arXiv id (or None), recipe step and the user's pain; the module explains itself."""
+        row = self.row
+        if row is None:
+            return
+        assert row.title
+        assert row.reference
+        assert row.step
+        assert row.pain
+        assert row.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", row.arxiv), f"arXiv id {row.arxiv!r}"
+        text = inspect.getdoc(sys.modules[row.load().__module__]) or ""
+        assert len(text) >= 200, "the module docstring says too little (idea, equations, source, cost)"
+
+    def check_lazy_import(self) -> None:
+        """The method's module imports without any optional package."""
+        if self.row is None:
+            return
+        module = self.row.object.partition(":")[0]
+        blocked = ("sklearn", "PIL", "gguf", "onnx", "onnxruntime", "onnxscript", "torchmetrics", "rouge_score", "ot")
+        code = f"import sys; sys.modules.update({{n: None for n in {blocked!r}}}); import {module}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+    def check_parameters(self) -> None:
+        """Parameters survive a round trip through JSON, refuse unknown keys, and every field is documented."""
+        if self.params is None:
+            return
+        given = self.params()
+        assert self.params.model_validate_json(given.model_dump_json(by_alias=True)) == given
+        try:
+            self.params.model_validate({"no-such-key": 1})
+        except ValueError:
+            pass
+        else:
+            raise AssertionError("an unknown key was accepted")
+        bare = [n for n, f in self.params.model_fields.items() if not f.description]
+        assert not bare, f"fields without a sentence: {bare}"
+
+
+class PairLossCase(Case):
+    """An objective over logits of N tokens, student against teacher, with a dense and a fused form."""
+
+    role = "Objective"
+
+    def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
+        """(sum, count) from logits [N, V]."""
+        raise NotImplementedError("abstract: the dense form")
+
+    def fused(self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None) -> tuple[Any, Any]:
+        """(sum, count) from hidden states and heads."""
+        raise NotImplementedError("abstract: the fused form")
+
+    def reference(self, student: Any, teacher: Any) -> float:
+        """The sum, written independently (plain loops, or another library)."""
+        raise NotImplementedError("abstract: the reference")
+
+    def logits(self, n: int = 7, vocabulary: int = 23, seed: int = 0, dtype: Any = None) -> tuple[Any, Any]:
+        """Student and teacher logits, float64 by default."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, n, vocabulary)
+        both = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return tuple(both.to(dtype or torch.float64))  # type: ignore[return-value]
+
+    def hidden(self, n: int = 7, width: int = 6, vocabulary: int = 23) -> tuple[Any, Any, Any, Any]:
+        """Student hidden, student head, teacher hidden, teacher head, in float64."""
+        import torch
+
+        from residency.objective import Head
+
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> Any:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        return normal(n, width), Head(normal(vocabulary, width)), normal(n, width + 2), Head(normal(vocabulary, width + 2))
+
+    def check_reference(self) -> None:
+        """The dense form equals an independent implementation."""
+        student, teacher = self.logits()
+        total, count = self.dense(student, teacher)
+        expected = self.reference(student, teacher)
+        assert int(count) == len(student)
+        assert abs(float(total) - expected) <= 1e-9 * max(1.0, abs(expected)), f"{float(total)} against {expected}"
+
+    def check_fused_equals_dense(self) -> None:
+        """The fused form equals the dense one at every chunk size, in loss and in all gradients."""
+        import torch
+
+        student, head, teacher, teacher_head = self.hidden()
+        for chunk_bytes in (None, 1, 8 * 23, 8 * 23 * 3):
+            grads = []
+            for fused in (True, False):
+                h = student.clone().requires_grad_(True)
+                w = head.weight.clone().requires_grad_(True)
+                mine = type(head)(w)
+                if fused:
+                    total, count = self.fused(h, mine, teacher, teacher_head, chunk_bytes)
+                else:
+                    total, count = self.dense(mine(h), teacher_head(teacher))
+                total.backward()
+                grads.append((total.detach(), torch.as_tensor(count), h.grad, w.grad))
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-9, atol=1e-10)
+
+    def check_accumulation_and_order(self) -> None:
+        """Sums and counts of two parts add up to those of the whole, in any order."""
+        import torch
+
+        student, teacher = self.logits()
+        whole, count = self.dense(student, teacher)
+        a, n = self.dense(student[:3], teacher[:3])
+        b, m = self.dense(student[3:], teacher[3:])
+        torch.testing.assert_close(a + b, whole)
+        assert int(n) + int(m) == int(count)
+        order = torch.tensor([6, 2, 0, 5, 1, 4, 3])
+        torch.testing.assert_close(self.dense(student[order], teacher[order])[0], whole)
+
+    def check_gradient_targets(self) -> None:
+        """The student gets a gradient, the teacher none."""
+        student, teacher = self.logits()
+        student.requires_grad_(True)
+        teacher.requires_grad_(True)
+        self.dense(student, teacher)[0].backward()
+        assert student.grad is not None
+        assert student.grad.abs().sum() > 0
+        assert teacher.grad is None or not teacher.grad.any()
+
+    def check_self_is_zero(self) -> None:
+        """A student equal to its teacher has nothing to learn: loss 0, gradient 0."""
+        student, _ = self.logits()
+        mine = student.clone().requires_grad_(True)
+        total, _ = self.dense(mine, student)
+        total.backward()
+        assert abs(float(total.detach())) < 1e-9
+        assert mine.grad is not None
+        assert float(mine.grad.abs().max()) < 1e-9
+
+    def check_extremes(self) -> None:
+        """No tokens give (0, 0); logits of ±1e4 stay finite in float32 and bfloat16."""
+        import torch
+
+        total, count = self.dense(*(x[:0] for x in self.logits()))
+        assert float(total) == 0.0
+        assert int(count) == 0
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = (x * 3e3 for x in self.logits(dtype=dtype))
+            student.requires_grad_(True)
+            total, _ = self.dense(student, teacher)
+            total.backward()
+            assert torch.isfinite(total), f"{dtype}: {total}"
+            assert student.grad is not None
+            assert torch.isfinite(student.grad).all(), f"{dtype}: the gradient is not finite"
+
+
+class SelectorCase(Case):
+    """A selector over embeddings: pool [N, D] and trusted rows [K, D]."""
+
+    role = "Selector"
+
+    def select(self, pool: Any, examples: Any, **params: Any) -> Any:
+        """Run the selector with some parameters; returns its Selection."""
+        raise NotImplementedError("abstract: the selector")
+
+    def reference(self, pool: Any, examples: Any, **params: Any) -> list[int]:
+        """The chosen rows, by brute force."""
+        raise NotImplementedError("abstract: the reference")
+
+    everything: ClassVar[dict[str, Any]] = {}
+    """Parameters under which every row is kept."""
+    settings: ClassVar[Sequence[dict[str, Any]]] = ()
+    """Parameters to try against the reference; consecutive ones must choose differently."""
+
+    def problem(self, n: int = 60, width: int = 5, seed: int = 0) -> tuple[Any, Any]:
+        """A pool with near-duplicates, and trusted rows."""
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        pool = rng.standard_normal((n, width)).astype(np.float32)
+        pool[n // 2 :: 3] = pool[: len(pool[n // 2 :: 3])] + 0.05 * rng.standard_normal((len(pool[n // 2 :: 3]), width))
+        return pool, rng.standard_normal((3, width)).astype(np.float32)
+
+    def check_reference(self) -> None:
+        """The same rows in the same order as brute force, and every parameter changes something."""
+        pool, examples = self.problem()
+        found = []
+        for params in self.settings:
+            mine = self.select(pool, examples, **params).indices.tolist()
+            assert mine == self.reference(pool, examples, **params), f"with {params}"
+            found.append(mine)
+        assert all(a != b for a, b in zip(found, found[1:], strict=False)), "a parameter changed nothing"
+
+    def check_shape_of_the_answer(self) -> None:
+        """Indices are distinct and in range, every pool row has a reason, every score is finite."""
+        import numpy as np
+
+        pool, examples = self.problem()
+        for params in self.settings:
+            chosen = self.select(pool, examples, **params)
+            assert len(set(chosen.indices.tolist())) == len(chosen.indices)
+            assert all(0 <= i < len(pool) for i in chosen.indices)
+            assert len(chosen.reasons) == len(chosen.score) == len(pool)
+            assert all(chosen.reasons)
+            assert np.isfinite(chosen.score).all()
+
+    def check_deterministic_and_pure(self) -> None:
+        """The same call gives the same answer, the inputs and the global random state stay as they were."""
+        import numpy as np
+
+        pool, examples = self.problem()
+        before, state = pool.copy(), np.random.get_state()[1].copy()
+        a, b = (self.select(pool, examples, **self.settings[0]) for _ in range(2))
+        assert a.indices.tolist() == b.indices.tolist()
+        assert (pool == before).all()
+        assert (np.random.get_state()[1] == state).all()
+
+    def check_budget_of_everything(self) -> None:
+        """A budget of at least N rows with nothing forbidden keeps them all."""
+        pool, examples = self.problem()
+        assert sorted(self.select(pool, examples, **self.everything).indices.tolist()) == list(range(len(pool)))
+
+    def check_planted_rows_come_first(self) -> None:
+        """Copies of the trusted rows hidden in the pool are chosen before anything else."""
+        pool, examples = self.problem()
+        pool[[7, 30, 51]] = examples
+        assert set(self.select(pool, examples, **self.settings[0]).indices[:3].tolist()) == {7, 30, 51}
+
+    def check_bad_input(self) -> None:
+        """Rows that are not finite, widths that differ and missing trusted rows are refused."""
+        pool, examples = self.problem()
+        pool[4, 2] = float("nan")
+        for bad in ((pool, examples), (self.problem()[0], examples[:, :2]), (self.problem()[0], examples[:0])):
+            try:
+                self.select(*bad, **self.settings[0])
+            except ValueError:
+                continue
+            raise AssertionError(f"accepted shapes {bad[0].shape} and {bad[1].shape}")
+
+
+class MetricCase(Case):
+    """A streaming metric."""
+
+    role = "Metric"
+    best: ClassVar[float]
+    """The value of a perfect model."""
+
+    def new(self) -> Any:
+        """A fresh metric."""
+        raise NotImplementedError("abstract: the metric")
+
+    def updates(self, seed: int = 0) -> list[tuple[Any, ...]]:
+        """Arguments of `update` for about 30 items, the id first."""
+        raise NotImplementedError("abstract: the items")
+
+    def perfect(self) -> list[tuple[Any, ...]]:
+        """Arguments of `update` for a perfect model."""
+        raise NotImplementedError("abstract: perfect items")
+
+    def reference(self, updates: list[tuple[Any, ...]]) -> float:
+        """The value, computed independently."""
+        raise NotImplementedError("abstract: the reference")
+
+    def _fed(self, updates: Sequence[tuple[Any, ...]]) -> Any:
+        metric = self.new()
+        for update in updates:
+            metric.update(*update)
+        return metric
+
+    def check_reference(self) -> None:
+        """The value equals an independent computation; the interval holds it; every item is there."""
+        for seed in range(3):
+            updates = self.updates(seed)
+            score = self._fed(updates).compute()
+            assert abs(score.value - self.reference(updates)) < 1e-9, f"{score.value} against {self.reference(updates)}"
+            assert score.low <= score.value <= score.high
+            assert score.n == len(updates) == len(score.items)
+
+    def check_perfect(self) -> None:
+        """A perfect model gets the best value."""
+        assert abs(self._fed(self.perfect()).compute().value - self.best) < 1e-9
+
+    def check_merge_and_order(self) -> None:
+        """Parts merged in any order equal the whole, items and interval included."""
+        updates = self.updates()
+        whole = self._fed(updates).compute()
+        a, b = self._fed(updates[20:]), self._fed(updates[:20][::-1])
+        assert a.merge(b).compute() == whole
+
+    def check_seeded(self) -> None:
+        """The interval depends on the seed, and on nothing else."""
+        metric = self._fed(self.updates())
+        assert metric.compute(seed=1) == metric.compute(seed=1)
+
+    def check_paired_with_itself(self) -> None:
+        """A model compared with itself differs by exactly 0, with no flips."""
+        metric = self._fed(self.updates())
+        score = metric.compute()
+        difference = metric.difference(score, score)
+        assert difference.difference == difference.low == difference.high == 0
+        assert metric.flips(score, score) == ([], [])
+
+    def check_empty_and_twice(self) -> None:
+        """No items, and the same item twice, are errors a user can read."""
+        from residency.errors import DataError
+
+        twice = self._fed(self.updates())
+        for act in (self.new().compute, lambda: twice.update(*self.updates()[0])):
+            try:
+                act()
+            except DataError:
+                continue
+            raise AssertionError("accepted")
+
+
+class SurgeryCase(Case):
+    """A change of a causal language model that ends in a standard checkpoint."""
+
+    role = "Surgery"
+
+    def neutral(self, model: Any) -> Any:
+        """The operation at the setting that changes nothing; returns the new model."""
+        raise NotImplementedError("abstract: the degenerate limit")
+
+    def active(self, model: Any) -> Any:
+        """The operation at a setting that changes something."""
+        raise NotImplementedError("abstract: the operation")
+
+    saves_parameters: ClassVar[bool] = False
+    """Whether the operation claims a smaller model."""
+
+    def model(self) -> Any:
+        """A tiny random Llama in evaluation mode."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=61,
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+            return LlamaForCausalLM(config).eval()
+
+    def _logits(self, model: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return model(torch.arange(2 * 9).reshape(2, 9) % 61).logits
+
+    def check_degenerate_limit(self) -> None:
+        """At its neutral setting the operation leaves the logits as they were."""
+        import torch
+
+        model = self.model()
+        before = self._logits(model)
+        torch.testing.assert_close(self._logits(self.neutral(model)), before, rtol=0, atol=1e-6)
+
+    def check_save_and_load(self) -> None:
+        """The result is a standard checkpoint: saved and loaded by plain transformers, it gives the same logits."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from residency.compat import quiet_transformers
+
+        changed = self.active(self.model())
+        with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+            changed.save_pretrained(folder)
+            again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            assert not [p for p in Path(folder).iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+        torch.testing.assert_close(self._logits(again), self._logits(changed), rtol=0, atol=1e-6)
+
+    def check_changes_something(self) -> None:
+        """At another setting the logits change, and a claimed saving is there."""
+        model = self.model()
+        count = sum(p.numel() for p in model.parameters())
+        before = self._logits(model)
+        changed = self.active(self.model())
+        assert (self._logits(changed) - before).abs().max() > 1e-4
+        if self.saves_parameters:
+            assert sum(p.numel() for p in changed.parameters()) < count
+
+    def check_deterministic(self) -> None:
+        """The same operation on the same model gives the same weights."""
+        import torch
+
+        a, b = self.active(self.model()), self.active(self.model())
+        for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+class TokenLossCase(Case):
+    """An objective over (outputs, batch) of a language model."""
+
+    role = "Objective"
+
+    def objective(self) -> Any:
+        """A fresh objective."""
+        raise NotImplementedError("abstract: the objective")
+
+    def reference(self, logits: Any, labels: Any) -> float:
+        """The sum over trained tokens, written independently."""
+        raise NotImplementedError("abstract: the reference")
+
+    def problem(self, rows: int = 3, tokens: int = 8) -> tuple[Any, Any, Any]:
+        """Hidden states [B, T, D], a head, and labels with prompt and padding masked."""
+        import torch
+
+        from residency.objective import IGNORE, Head
+
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn((rows, tokens, 5), generator=generator, dtype=torch.float64)
+        head = Head(torch.randn((19, 5), generator=generator, dtype=torch.float64))
+        labels = torch.randint(0, 19, (rows, tokens), generator=generator)
+        labels[:, :3] = IGNORE
+        labels[0, 6:] = IGNORE
+        return hidden, head, labels
+
+    def _value(self, hidden: Any, head: Any, labels: Any) -> tuple[Any, int]:
+        from residency.objective import Outputs
+
+        total, count = self.objective()(Outputs(hidden=hidden, head=head), {"labels": labels})
+        return total, int(count)
+
+    def check_reference(self) -> None:
+        """The sum equals an independent implementation; the count is the number of trained tokens."""
+        hidden, head, labels = self.problem()
+        total, count = self._value(hidden, head, labels)
+        assert abs(float(total) - self.reference(head(hidden), labels)) < 1e-8
+        assert count == int((labels[:, 1:] != -100).sum()) == self.objective().count({"labels": labels})
+
+    def check_padding_and_accumulation(self) -> None:
+        """Rows one by one, and with more padding, give the same sum."""
+        import torch
+
+        hidden, head, labels = self.problem()
+        whole, count = self._value(hidden, head, labels)
+        parts = [self._value(hidden[i : i + 1], head, labels[i : i + 1]) for i in range(len(hidden))]
+        torch.testing.assert_close(sum(p for p, _ in parts), whole)
+        assert sum(c for _, c in parts) == count
+        wider = torch.cat([hidden, torch.full_like(hidden[:, :2], 7.0)], 1)
+        padded = torch.cat([labels, torch.full_like(labels[:, :2], -100)], 1)
+        torch.testing.assert_close(self._value(wider, head, padded)[0], whole)
+
+    def check_masked_positions(self) -> None:
+        """Masked positions get exactly zero gradient; a batch without supervision gives (0, 0)."""
+        import torch
+
+        hidden, head, labels = self.problem()
+        hidden.requires_grad_(True)
+        self._value(hidden, head, labels)[0].backward()
+        trained = torch.zeros(labels.shape, dtype=torch.bool)
+        trained[:, :-1] = labels[:, 1:] != -100
+        assert hidden.grad is not None
+        assert not hidden.grad[~trained].any()
+        assert hidden.grad[trained].abs().sum(-1).min() > 0
+        total, count = self._value(hidden.detach(), head, torch.full_like(labels, -100))
+        assert float(total) == 0
+        assert count == 0
+
+
+class PredictorCase(Case):
+    """A head fitted on frozen features."""
+
+    role = "Predictor"
+    heads: ClassVar[Sequence[dict[str, Any]]] = ()
+
+    def fit(self, features: Any, labels: list[str], **params: Any) -> Any:
+        """Fit a head; it has `predict(features)`, `classes`, `save`, `load`."""
+        raise NotImplementedError("abstract: fitting")
+
+    def problem(self, seed: int = 0) -> tuple[Any, list[str]]:
+        """Three separable classes with unequal sizes."""
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        labels = ["a"] * 20 + ["b"] * 12 + ["c"] * 8
+        centres = {"a": [3, 0, 0], "b": [0, 3, 0], "c": [0, 0, 3]}
+        return np.array([centres[c] + rng.standard_normal(3) * 0.6 for c in labels], np.float32), labels
+
+    def check_learns(self) -> None:
+        """Separable classes are learnt, and fresh rows of them recognised."""
+        import numpy as np
+
+        for params in self.heads:
+            head = self.fit(*self.problem(), **params)
+            fresh, labels = self.problem(1)
+            right = np.mean([p == t for p, t in zip(head.predict(fresh), labels, strict=True)])
+            assert right > 0.95, f"{params}: {right}"
+
+    def check_order_does_not_matter(self) -> None:
+        """Shuffled training rows give the same head."""
+        import numpy as np
+        import torch
+
+        features, labels = self.problem()
+        order = np.random.default_rng(0).permutation(len(labels))
+        for params in self.heads:
+            a = self.fit(features, labels, **params)
+            b = self.fit(features[order], [labels[i] for i in order], **params)
+            torch.testing.assert_close(a.weight, b.weight, rtol=1e-3, atol=1e-4)
+
+    def check_one_class_is_refused(self) -> None:
+        """A single class is an error a user can read."""
+        from residency.errors import DataError
+
+        features, labels = self.problem()
+        try:
+            self.fit(features[:5], labels[:5], **self.heads[0])
+        except DataError:
+            return
+        raise AssertionError("accepted")
+
+
+Factory = Callable[[], Case]
