@@ -27,8 +27,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,7 +40,8 @@ from torch.nn import functional as F
 
 from residency.compress.bild import BiLD
 from residency.compress.kl import KL
-from residency.fusedhead import CPU_BYTES, cross_entropy_sum
+from residency.fusedhead import SWEEP_BYTES, TILE_BYTES, cross_entropy_sum
+from residency.measure import PeakMemory, machine
 from residency.objective import Head
 
 WIDTH = 576
@@ -80,12 +79,14 @@ class Problem:
         return time.perf_counter() - start
 
     def fused(self, loss: str, chunk_bytes: int | None) -> torch.Tensor:
+        """The sum, from hidden states."""
         if loss == "ce":
             return cross_entropy_sum(self.hidden, self.head, self.targets, chunk_bytes=chunk_bytes)
         inputs = self.hidden, self.head, self.teacher_hidden, self.teacher_head
         return (BiLD() if loss == "bild" else KL()).fused(*inputs, chunk_bytes=chunk_bytes)[0]
 
     def dense(self, loss: str, kept: list[torch.Tensor] | None) -> torch.Tensor:
+        """The sum, from logits, which `kept` keeps alive if there is one."""
         student = self.head(self.hidden)
         if kept is not None:
             kept.append(student)
@@ -97,27 +98,22 @@ class Problem:
         return (BiLD() if loss == "bild" else KL()).dense(student, teacher)[0]
 
     def gradient_bytes(self) -> int:
+        """What the step hands back."""
         return sum(t.grad.nbytes for t in (self.hidden, self.head.weight) if t.grad is not None)
 
 
-def status(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def extra_bytes(problem: Problem, step: Callable[[], float]) -> int:
+def extra_bytes(step: Callable[[], float]) -> int:
     """Peak of one step above the state before it."""
     gc.collect()
-    if problem.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present RSS
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
+    with PeakMemory() as peak:
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            step()
+        else:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            before = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+            step()
+    return (peak.cuda_bytes or peak.bytes) - before
 
 
 def measure_memory(loss: str, form: str, args: argparse.Namespace) -> dict:
@@ -125,7 +121,7 @@ def measure_memory(loss: str, form: str, args: argparse.Namespace) -> dict:
     # thread pools and the BLAS's own buffers belong to the resting state
     Problem(8, 1024, True).step(loss, form, args.chunk_bytes)
     problem = Problem(args.tokens, args.vocab, args.head == "trainable")
-    extra = extra_bytes(problem, lambda: problem.step(loss, form, args.chunk_bytes))
+    extra = extra_bytes(lambda: problem.step(loss, form, args.chunk_bytes))
     gradients = problem.gradient_bytes()
     return {
         "loss": loss,
@@ -159,22 +155,6 @@ def child(args: argparse.Namespace, head: str, loss: str, form: str = "") -> dic
     return json.loads(out.splitlines()[-1])
 
 
-def machine() -> dict:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
 def compare(args: argparse.Namespace) -> list[dict]:
     """All rows: every loss, form and head, with ratios to fused ("how many times more")."""
     rows = []
@@ -196,6 +176,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
 
 
 def show(row: dict) -> None:
+    """One line for the reader."""
     print(
         f"{row['loss']:5}{row['form']:12} head {row['head']:10}"
         f"extra {row['extra_mib']:8.1f} MiB (x{row.get('extra_over_fused', 1):<6}) "
@@ -206,6 +187,7 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
+    """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4 * 512)
     parser.add_argument("--vocab", type=int, default=49_152)
@@ -223,12 +205,13 @@ def main() -> None:
         return
     record = {
         "claim": "fused losses hold no [N, V] matrix: memory of a step, dense over fused",
-        "machine": machine(),
+        "machine": machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        "date": date.today().isoformat(),
         "tokens": args.tokens,
         "vocab": args.vocab,
         "width": WIDTH,
         "dtype": "float32",
-        "chunk_bytes": args.chunk_bytes or CPU_BYTES,
+        "chunk_bytes": args.chunk_bytes or {"bild": TILE_BYTES, "kl": SWEEP_BYTES, "ce": SWEEP_BYTES},
         "rows": compare(args),
     }
     output = args.output or (None if args.small else RESULT)

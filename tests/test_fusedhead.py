@@ -19,6 +19,14 @@ N, V, D = 7, 37, 5
 CHUNKS = [1, 3 * V * 8, 5 * D * 8, 10**9, None]  # one row, a few, a few columns, everything, the default
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():  # tiny matrices: a second thread would only wait
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def problem(dtype=torch.float64, bias=True, seed=0, n=N):
     generator = torch.Generator().manual_seed(seed)
 

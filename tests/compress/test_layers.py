@@ -27,9 +27,7 @@ SLIDING = ["sliding_attention", "full_attention"] * 2
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "llama-tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=3, layer_types=SLIDING
-    ),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=3, layer_types=SLIDING),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(
         **SMALL, head_dim=8, sliding_window=3, layer_types=SLIDING, final_logit_softcapping=2.0
@@ -155,11 +153,13 @@ def test_layers_that_depend_on_their_place_are_refused():
     keep_layers(model, [0, 1])
     with pytest.raises(PlanError, match=r"layer 3 cannot become layer 1.*attn\.scaling"):
         keep_layers(model, [0, 3])
-    alternating = transformers.GPTNeoConfig(
-        vocab_size=V, hidden_size=16, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]
+    experts = transformers.Qwen2MoeConfig(
+        **SMALL, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, mlp_only_layers=[0]
     )
-    with pytest.raises(PlanError, match="config cannot describe"):
-        keep_layers(transformers.GPTNeoForCausalLM(alternating), [0, 3])
+    model = transformers.Qwen2MoeForCausalLM(experts)
+    keep_layers(model, [0, 2])
+    with pytest.raises(PlanError, match=r"layer 1 cannot become layer 0.*mlp"):
+        keep_layers(model, [1, 2])
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])
@@ -220,9 +220,7 @@ def test_loss_increase_by_brute_force(name):
     assert model.training
     model.eval()
     base = answer_loss(model, data)
-    expected = [
-        answer_loss(keep_layers(model, [i for i in range(L) if i != out]), data) - base for out in range(L)
-    ]
+    expected = [answer_loss(keep_layers(model, [i for i in range(L) if i != out]), data) - base for out in range(L)]
     assert_close(increase, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
     assert all("forward" not in vars(layer) for layer in decoder(model)[1])
 
@@ -252,15 +250,20 @@ def test_greedy_pruning_by_brute_force(name, ends):
 
 
 def test_greedy_sees_what_single_layers_hide():
-    # Layers 1 and 2 are copies that saturate: each alone is dispensable, the second is not once the first is gone.
+    # Layers 1 and 2 both take the absolute value: either is dispensable, the pair is not. Layer 3 matters a little.
     model, data = build(), batches()
-    increase = prune_greedily(model, data, 2).increase
-    alone, after = increase[0], increase[1]
-    gone = int(alone[1:3].argmin()) + 1
-    survivor = 3 - gone
-    assert alone[gone] <= alone[survivor]
-    assert after[survivor].isfinite()
-    assert after[gone].isnan()
+    for layer in (1, 2):
+        vars(decoder(model)[1][layer])["forward"] = lambda hidden, **kwargs: hidden.abs()
+    vars(decoder(model)[1][3])["forward"] = lambda hidden, **kwargs: hidden + 0.01 * hidden.roll(1, dims=-1)
+    for batch in data:  # the complete model is right about everything
+        batch["labels"][:, 1:] = logits(model, batch)[:, :-1].argmax(-1)
+    increase = loss_increase(model, data)
+    assert increase[1] == increase[2] == 0
+    assert choose_layers(increase, 2, ends=(1, 0)) == [0, 3]
+    kept, rounds = prune_greedily(model, data, 2, ends=(1, 0))
+    assert kept == [0, 1]
+    assert rounds[1, 1] > 10 * rounds[1, 3] > 0
+    assert vars(decoder(model)[1][1])["forward"](-torch.ones(1)) == 1  # a forward that was replaced before stays so
 
 
 def test_choose_layers():

@@ -109,20 +109,15 @@ def kl_fused(
     """
     fusedhead.check_pair(student_hidden, student_head, teacher_hidden, teacher_head)
 
-    def row_loss(student: Tensor, rows: slice, differentiate: bool) -> Tensor:
-        teacher = fusedhead.chunk_logits(
-            teacher_hidden[rows],
-            teacher_head,
-            out=torch.empty_like(student),
-            chunk_bytes=student.nbytes,
-        )
-        log_q = _log_softmax_(student.div_(params.temperature))
-        log_p = _log_softmax_(teacher.div_(params.temperature))
-        ratio = log_p - log_q
-        p, q = log_p.exp_(), log_q  # p takes over the teacher's buffer, q below the student's
-        total = ratio.masked_fill_(p == 0, 0).mul_(p).sum() * params.factor
+    def row_loss(logits: Tensor, rows: slice, differentiate: bool) -> Tensor:
+        # three blocks [n, V] in all: what is read for the last time gives its place to the next
+        log_q = logits.div_(params.temperature).log_softmax(1)
+        fusedhead.chunk_logits(teacher_hidden[rows], teacher_head, out=logits, chunk_bytes=logits.nbytes)
+        log_p = logits.div_(params.temperature).log_softmax(1)
+        p = torch.exp(log_p, out=logits)
+        total = log_p.sub_(log_q).masked_fill_(p == 0, 0).mul_(p).sum() * params.factor
         if differentiate:
-            q.exp_().sub_(p).mul_(params.factor / params.temperature)
+            torch.sub(log_q.exp_(), p, out=logits).mul_(params.factor / params.temperature)
         return total
 
     total = fusedhead.fused_sum(student_hidden, student_head, row_loss, chunk_bytes=chunk_bytes)
@@ -174,8 +169,3 @@ class KL(nn.Module):
     def extra_repr(self) -> str:
         """The parameters, for `print(model)`."""
         return repr(self.params)
-
-
-def _log_softmax_(logits: Tensor) -> Tensor:
-    """Row-wise log softmax in place."""
-    return logits.sub_(torch.logsumexp(logits, 1, keepdim=True))

@@ -1,13 +1,13 @@
 """Recipe step of the evaluate stage: `evaluate`, the examination that the base and every model of a run sits.
 
-Scores are computed in float32 on a CPU, so that they do not depend on how items are batched. The same items,
+Scores are computed in float32 unless told otherwise, so that they do not depend on how items are batched. The same items,
 prompts and wrong answers are used for every model of a run; that is what makes the comparison paired.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ class EvaluateParams(Params):
     """Answers to choose among for choice-accuracy: the right one and wrong ones of other held-out rows."""
     max_answer_tokens: int = Field(64, ge=1)
     """Longest generated answer, for metrics that read generated text."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """In which precision the model computes: float32 makes scores independent of batching; auto takes bfloat16 where the
+    hardware has it, about twice as fast; log-probabilities are summed in float64 either way.
+    """
     resamples: int = Field(2000, ge=100)
     """Bootstrap resamples behind every interval."""
 
@@ -98,10 +102,15 @@ class Evaluate(Step):
 
     def _language_model(self, job: Job, outcome: Outcome) -> None:
         from residency import bases, rows, tokens
+        from residency.compat import fast_bf16
         from residency.evaluate import cost
 
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
-        model = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code)
+        dtype = self.params.precision
+        if dtype == "auto":
+            dtype = "bfloat16" if fast_bf16(job.device) else "float32"
+        model = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code, dtype=dtype)
+        outcome.extra["cost"]["precision"] = dtype
         test = rows.read(job.test).rows
         metrics = [job.task["metric"]]
         # bits per byte costs nothing beside choice accuracy and says how well the answers themselves are known
