@@ -15,7 +15,7 @@ before; CUDA's peak allocation on a GPU). Reported
 Dense logits come in two habits: "dense" drops each logit matrix as soon as autograd lets go of it, the
 best a dense loss can do; "dense, kept" holds `outputs.logits` until the step is over, as training loops do.
 
-Time: all forms of a loss alternate in one process; the median of five rounds, and the ratio of medians.
+Time: the two forms of a loss alternate in one process; the median of five rounds, and the ratio of medians.
 
     python benchmarks/bild.py                       # writes benchmarks/results/bild.json
     python benchmarks/bild.py --small               # seconds, writes nothing
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 
 from residency.compress.bild import BiLD
 from residency.compress.kl import KL
-from residency.fusedhead import SWEEP_BYTES, TILE_BYTES, cross_entropy_sum
+from residency.fusedhead import GATHER_BYTES, LOGITS_BYTES, cross_entropy_sum
 from residency.measure import PeakMemory, machine
 from residency.objective import Head
 
@@ -106,14 +107,17 @@ def extra_bytes(step: Callable[[], float]) -> int:
     """Peak of one step above the state before it."""
     gc.collect()
     with PeakMemory() as peak:
-        if torch.cuda.is_available():
-            before = torch.cuda.memory_allocated()
-            step()
-        else:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            before = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
-            step()
+        before = resting_bytes()
+        step()
     return (peak.cuda_bytes or peak.bytes) - before
+
+
+def resting_bytes() -> int:
+    """What this process holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def measure_memory(loss: str, form: str, args: argparse.Namespace) -> dict:
@@ -134,11 +138,11 @@ def measure_memory(loss: str, form: str, args: argparse.Namespace) -> dict:
 
 
 def measure_time(loss: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """In this process: all forms of one loss in turn, so that they share whatever else the machine does."""
+    """In this process: dense and fused in turn, so that they share whatever else the machine does."""
     problem = Problem(args.tokens, args.vocab, args.head == "trainable")
-    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    seconds: dict[str, list[float]] = {"dense": [], "fused": []}
     for round_ in range(ROUNDS + 1):  # the first warms up
-        for form in FORMS:
+        for form in seconds:
             elapsed = problem.step(loss, form, args.chunk_bytes)
             if round_:
                 seconds[form].append(elapsed)
@@ -164,10 +168,11 @@ def compare(args: argparse.Namespace) -> list[dict]:
             group = [child(args, head, loss, form) for form in FORMS]
             fused = group[-1]
             for row in group:
-                row["seconds"] = round(statistics.median(seconds[row["form"]]), 4)
-                row["seconds_all"] = [round(value, 4) for value in seconds[row["form"]]]
+                if timed := seconds.get(row["form"]):
+                    row["seconds"] = round(statistics.median(timed), 4)
+                    row["seconds_all"] = [round(value, 4) for value in timed]
             for row in group[:-1]:
-                for key in ("extra_mib", "working_mib", "seconds"):
+                for key in row.keys() & {"extra_mib", "working_mib", "seconds"}:
                     row[f"{key.removesuffix('_mib')}_over_fused"] = round(row[key] / max(fused[key], 1e-9), 2)
             rows += group
             for row in group:
@@ -181,7 +186,7 @@ def show(row: dict) -> None:
         f"{row['loss']:5}{row['form']:12} head {row['head']:10}"
         f"extra {row['extra_mib']:8.1f} MiB (x{row.get('extra_over_fused', 1):<6}) "
         f"without gradients {row['working_mib']:8.1f} MiB (x{row.get('working_over_fused', 1):<6}) "
-        f"{row['seconds']:7.3f} s (x{row.get('seconds_over_fused', 1)})",
+        + (f"{row['seconds']:7.3f} s (x{row.get('seconds_over_fused', 1)})" if "seconds" in row else ""),
         flush=True,
     )
 
@@ -203,17 +208,20 @@ def main() -> None:
         loss, form = args.child.split("/")
         print(json.dumps(measure_memory(loss, form, args) if form else measure_time(loss, args)))
         return
+    load = os.getloadavg()[0]
     record = {
         "claim": "fused losses hold no [N, V] matrix: memory of a step, dense over fused",
         "machine": machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        "load_average": {"before": round(load, 1)},  # above the number of cores: the seconds are inflated
         "date": date.today().isoformat(),
         "tokens": args.tokens,
         "vocab": args.vocab,
         "width": WIDTH,
         "dtype": "float32",
-        "chunk_bytes": args.chunk_bytes or {"bild": TILE_BYTES, "kl": SWEEP_BYTES, "ce": SWEEP_BYTES},
+        "chunk_bytes": args.chunk_bytes or {"logits": LOGITS_BYTES, "gather": GATHER_BYTES},
         "rows": compare(args),
     }
+    record["load_average"]["after"] = round(os.getloadavg()[0], 1)
     output = args.output or (None if args.small else RESULT)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py [--seeds 3] [--recipe demo] [--kills 0] [--out benchmarks/results/demo.json]
 
-`--kills N` also kills the full recipe N times with SIGKILL at random moments and checks that the resumed run ends in the same
-weights, bit for bit, and the same record.
+`--kills N` also kills the full recipe N times with SIGKILL at random moments and checks that the resumed run ends
+in the same weights, bit for bit, and the same record.
 """
 
 from __future__ import annotations

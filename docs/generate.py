@@ -26,9 +26,16 @@ def main() -> None:
     rows = catalog.METHODS
     methods = ["# The catalogue", ""]
     for stage in dict.fromkeys(r.stage for r in rows):
-        methods += [f"## {stage}", "", "| method | role | recipe | object | status |", "| --- | --- | --- | --- | --- |"]
         methods += [
-            f"| **{r.name}** | {r.role} | `{cell(r.step)}` | `{r.object}` | {r.status} |" for r in rows if r.stage == stage
+            f"## {stage}",
+            "",
+            "| method | role | recipe | object | status |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        methods += [
+            f"| **{r.name}** | {r.role} | `{cell(r.step)}` | `{r.object}` | {r.status} |"
+            for r in rows
+            if r.stage == stage
         ]
         methods.append("")
     papers = ["# Paper index", "", "| paper | authors, year | method | recipe |", "| --- | --- | --- | --- |"]

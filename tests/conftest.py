@@ -84,7 +84,7 @@ base: tiny-llama
 task: {examples: data/examples.jsonl, test: data/test.jsonl, metric: choice-accuracy}
 guard: {test: data/guard.jsonl, metric: choice-accuracy, name: rivers}
 steps:
-  - curate: {by: k-shot, pool: data/pool.jsonl, keep: 12, encoder: tiny-text-encoder}
+  - curate: {by: k-shot, pool: data/pool.jsonl, keep: 12, near-duplicates: 1, encoder: tiny-text-encoder}
   - tune: {method: lora, rank: 2, max-steps: 6, batch: 4, checkpoint-seconds: 0, learning-rate: 1e-3}
   - distill: {student: {layers: 3, calibrate: 4}, max-steps: 6, batch: 4, checkpoint-seconds: 0}
   - evaluate: {speed: true, new-tokens: 2, resamples: 200}

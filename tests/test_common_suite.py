@@ -8,7 +8,6 @@ from residency import catalog
 from residency.testing import case_of, check_method, checks_of
 from residency.testing.cases import KLCase, KShotCase
 
-
 ALL = [
     pytest.param(row.name, check, id=f"{row.name}-{check.removeprefix('check_')}")
     for row in catalog.METHODS

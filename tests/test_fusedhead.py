@@ -72,10 +72,15 @@ def test_lower_precision_computes_in_float32(dtype, rtol, chunk):
 def test_autocast_and_mixed_dtypes_do_not_lower_the_precision():
     leaves, head, targets = problem(torch.float32)
     plain = cross_entropy_sum(leaves[0], head, targets)
+    picked = selected_logits(leaves[0], head, targets[:, None]).sum()
+    expected = gradients(plain + picked, leaves)
+    values = top_k_logits(leaves[0], head, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(cross_entropy_sum(leaves[0], head, targets), plain, rtol=0, atol=0)
-        assert top_k_logits(leaves[0], head, 3)[0].dtype == torch.float32
-        assert selected_logits(leaves[0], head, targets[:, None]).dtype == torch.float32
+        assert_close(top_k_logits(leaves[0], head, 3), values, rtol=0, atol=0)
+        total = cross_entropy_sum(leaves[0], head, targets)
+        total = total + selected_logits(leaves[0], head, targets[:, None]).sum()
+        assert_close(gradients(total, leaves), expected, rtol=0, atol=0)
     mixed = Head(head.weight, head.bias)  # bf16 activations on an f32 head, as autocast training gives
     half = leaves[0].detach().bfloat16().requires_grad_()
     loss = cross_entropy_sum(half, mixed, targets)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_RECIPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT, TINY_RECIPE
 from residency import catalog, recipe
 from residency.errors import RecipeError, ResidencyError
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import qa, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import qa, write_jsonl
 from residency import rows
 from residency.errors import DataError
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, qa, write_jsonl
 
+from conftest import ROOT, qa, write_jsonl
 from residency import recipe, rows, run, store
 from residency.errors import DataError, PlanError, StoreError
 

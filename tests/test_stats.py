@@ -157,6 +157,7 @@ def test_flips():
     after = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.0, "new": 0.0}
     assert flips(before, after) == (["a"], ["b"])
     assert flips({"a": 0.4}, {"a": 0.5}) == (["a"], [])
+    assert flips({"a": 0.5}, {"a": 0.5}) == ([], [])
     assert flips({"a": 0.4}, {"a": 0.5}, threshold=0.6) == ([], [])
 
 

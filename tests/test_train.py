@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import qa
 
+from conftest import qa
 from residency import bases, embedded, rows, store, tokens, train
 from residency.adapt.crossentropy import CrossEntropy
 from residency.errors import DataError, ResidencyError
@@ -163,6 +163,19 @@ def test_checkpoints_hold_no_training_arguments_pickle(tiny, tmp_path):
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
     assert not (checkpoint / "training_args.bin").exists()
     assert store.damage(checkpoint, thorough=True) is None
+
+
+def test_no_autocast_is_left_on_the_model(tiny, tmp_path):
+    """After a bfloat16 training the model computes in float32 again, and merging an adapter costs no precision."""
+    from residency.lora import Lora, merge
+
+    folder, tokenizer, items = tiny
+    adapted = Lora(rank=4).attach(bases.load_causal_lm(folder))
+    params = TrainParams(max_steps=3, batch=4, precision="bfloat16", learning_rate=1e-2)
+    log = train.fit(adapted, CrossEntropy(), items, params, pad=0, scratch=tmp_path)
+    assert log.precision == "bfloat16"
+    _, drift = merge(adapted, tokens.collate(items[:2], 0)["input_ids"])
+    assert drift < 1e-5
 
 
 def test_rows_that_train_nothing_are_refused(tiny, tmp_path):

@@ -168,7 +168,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
         return header
-    except (ValueError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"the safetensors file is damaged: {error}", where=str(file)) from None
 
 

@@ -54,11 +54,11 @@ If `differentiate`, it leaves ∂sum/∂logits in `logits`; the buffer is its ow
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-SWEEP_BYTES = 32 * 2**20
-"""Default `chunk_bytes` of a sweep over all V logits, on a CPU. Each block reads the head and adds to its whole
+LOGITS_BYTES = 32 * 2**20
+"""Default `chunk_bytes` of a block of logits on a CPU. Each block of `fused_sum` reads the head and adds to its whole
 gradient once, so half the bytes took a third longer; twice as many were no faster (V = 49,152, D = 576)."""
-TILE_BYTES = 2 * 2**20
-"""Default `chunk_bytes` of a search or a gather, on a CPU: about one core's cache. 4 and 8 MiB gained 5 %."""
+GATHER_BYTES = 4 * 2**20
+"""Default `chunk_bytes` of gathered rows of the head on a CPU: a few caches. Their peak adds to that of ∂L/∂W."""
 ACCELERATOR_BYTES = 256 * 2**20
 """Default `chunk_bytes` elsewhere: enough work per kernel launch, little beside a model. Our choice, not measured."""
 MAX_ROWS = 1024
@@ -109,7 +109,7 @@ def fused_sum(hidden: Tensor, head: Head, row_loss: RowLoss, *, chunk_bytes: int
     inputs = (hidden, head.weight, head.bias)
     # asked for here, because inside a Function gradients look switched off and inputs look trainable
     needs = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
-    return _FusedSum.apply(*inputs, row_loss, _budget(hidden, chunk_bytes, SWEEP_BYTES), needs)
+    return _FusedSum.apply(*inputs, row_loss, _budget(hidden, chunk_bytes, LOGITS_BYTES), needs)
 
 
 @torch.no_grad()
@@ -146,26 +146,26 @@ def top_k_logits(hidden: Tensor, head: Head, k: int, *, chunk_bytes: int | None 
     N, D = hidden.shape
     V = head.weight.shape[0]
     _check_k(k, V)
-    dtype, budget = _precision(hidden, head.weight), _budget(hidden, chunk_bytes, TILE_BYTES)
+    dtype, budget = _precision(hidden, head.weight), _budget(hidden, chunk_bytes, LOGITS_BYTES)
     held = budget // dtype.itemsize
     rows = max(1, min(N, MAX_ROWS, held))
-    width = max(1, held // max(rows, D))  # neither the logits nor a converted block exceed the budget
+    width = max(1, min(V, held // max(rows, D)))  # neither the logits nor a converted block exceed the budget
     values = hidden.new_empty(N, k, dtype=dtype)
     indices = torch.empty(N, k, dtype=torch.long, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part in _blocks(N, rows):
-            tokens = hidden[part].to(dtype)
-            best = tokens.new_empty(len(tokens), 0)
-            where = indices.new_empty(len(tokens), 0)
-            for columns in _blocks(V, width):
-                logits = tokens @ head.weight[columns].to(dtype).T
-                if head.bias is not None:
-                    logits += head.bias[columns]
-                found, at = logits.topk(min(k, logits.shape[1]), dim=1)
-                best, where = torch.cat((best, found), 1), torch.cat((where, at + columns.start), 1)
-                best, at = best.topk(min(k, best.shape[1]), dim=1)
-                where = where.gather(1, at)
-            values[part], indices[part] = _ordered(best, where)
+    buffer = hidden.new_empty(rows * width, dtype=dtype)
+    for part in _blocks(N, rows):
+        tokens = hidden[part].to(dtype)
+        best, where = tokens.new_empty(len(tokens), 0), indices.new_empty(len(tokens), 0)
+        for columns in _blocks(V, width):
+            block = head.weight[columns].to(dtype)
+            logits = torch.mm(tokens, block.T, out=_view(buffer, len(tokens), len(block)))
+            if head.bias is not None:
+                logits += head.bias[columns]
+            found, at = logits.topk(min(k, len(block)), dim=1)
+            best, where = torch.cat((best, found), 1), torch.cat((where, at + columns.start), 1)
+            best, at = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, at)
+        values[part], indices[part] = _ordered(best, where)
     return values, indices
 
 
@@ -195,7 +195,7 @@ def selected_logits(hidden: Tensor, head: Head, indices: Tensor, *, chunk_bytes:
         head; rows of the head that no token selected get a gradient of exactly zero.
     """
     _check(hidden, head)
-    budget = _budget(hidden, chunk_bytes, TILE_BYTES)
+    budget = _budget(hidden, chunk_bytes, GATHER_BYTES)
     return _SelectedLogits.apply(hidden, head.weight, head.bias, indices, budget)
 
 
@@ -264,12 +264,9 @@ class _SelectedLogits(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, indices, budget):
         ctx.save_for_backward(hidden, weight, bias, indices)
         ctx.budget = budget
-        dtype = _precision(hidden, weight)
-        logits = hidden.new_empty(indices.shape, dtype=dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in _gathers(indices, weight, budget):
-                rows = weight[indices[part]].to(dtype)
-                logits[part] = torch.bmm(rows, hidden[part].to(dtype).unsqueeze(2)).squeeze(2)
+        logits = hidden.new_empty(indices.shape, dtype=_precision(hidden, weight))
+        for part, rows in _gathered(weight, indices, logits.dtype, budget):
+            torch.bmm(rows, hidden[part].to(logits.dtype).unsqueeze(2), out=logits[part].unsqueeze(2))
         return logits if bias is None else logits.add_(bias[indices])
 
     @staticmethod
@@ -277,23 +274,37 @@ class _SelectedLogits(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden, weight, bias, indices = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, upstream.dtype
-        # word counts differ by orders of magnitude: a frequent word's sum needs more than 8 bits
+        # summed in float32: a word that a thousand tokens select would stop growing in bfloat16
         to_hidden = torch.empty_like(hidden, dtype=dtype) if needs[0] else None
         to_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
-        to_bias = None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in _gathers(indices, weight, ctx.budget):
-                slope = upstream[part].unsqueeze(1)  # [n, 1, K]
-                if to_hidden is not None:
-                    to_hidden[part] = torch.bmm(slope, weight[indices[part]].to(dtype)).squeeze(1)
-                if to_weight is not None:
-                    outer = slope.mT * hidden[part].to(dtype).unsqueeze(1)  # [n, K, D]
-                    to_weight.index_add_(0, indices[part].flatten(), outer.flatten(0, 1))
-        if bias is not None and needs[2]:
-            to_bias = torch.zeros_like(bias, dtype=dtype)
+        to_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
+        for part, rows in _gathered(weight, indices, dtype, ctx.budget):  # rows: [n, K, D]
+            slope = upstream[part].unsqueeze(2)  # [n, K, 1]
+            if to_hidden is not None:
+                torch.bmm(slope.mT, rows, out=to_hidden[part].unsqueeze(1))
+            if to_weight is not None:
+                outer = torch.mul(slope, hidden[part].to(dtype).unsqueeze(1), out=rows)
+                to_weight.index_add_(0, indices[part].flatten(), outer.flatten(0, 1))
+        if to_bias is not None:
             to_bias.index_add_(0, indices.flatten(), upstream.flatten())
         gradients = zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
         return *(None if g is None else g.to(tensor.dtype) for g, tensor in gradients), None, None
+
+
+def _gathered(weight: Tensor, indices: Tensor, dtype: torch.dtype, budget: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of tokens with their selected rows of the head, [n, K, D], which may be overwritten."""
+    (N, K), D = indices.shape, weight.shape[1]
+    tokens = max(1, min(N, budget // max(1, K * D * dtype.itemsize)))
+    # one buffer for all blocks: an allocator that is asked for megabytes again and again keeps several of them
+    buffer = weight.new_empty(tokens * K * D)
+    for part in _blocks(N, tokens):
+        chosen = indices[part]
+        rows = torch.index_select(weight, 0, chosen.flatten(), out=_view(buffer, chosen.numel(), D))
+        yield part, rows.to(dtype).view(*chosen.shape, D)
+
+
+def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
 
 
 def _ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,12 +322,6 @@ def _columns(weight: Tensor, dtype: torch.dtype, budget: int) -> Iterator[slice]
     """The whole vocabulary, or blocks of it where the head must be converted to `dtype`."""
     V, D = weight.shape
     return _blocks(V, V if weight.dtype == dtype else max(1, budget // (D * dtype.itemsize)))
-
-
-def _gathers(indices: Tensor, weight: Tensor, budget: int) -> Iterator[slice]:
-    """Blocks of tokens whose gathered rows of the head, [n, K, D] in float32, stay in the budget."""
-    N, K = indices.shape
-    return _blocks(N, max(1, budget // max(1, 4 * K * weight.shape[1])))
 
 
 def _precision(*tensors: Tensor) -> torch.dtype:

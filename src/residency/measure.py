@@ -19,6 +19,7 @@ Nothing here imports torch; `machine` and `PeakMemory` look at CUDA only if the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -118,6 +119,18 @@ def resident() -> int:
     except ImportError:
         return 0
     return psutil.Process().memory_info().rss
+
+
+def release() -> None:
+    """Give freed memory back to the system, so that the next block's peak is its own."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if (cuda := _cuda()) is not None:
+        cuda.empty_cache()
 
 
 def machine() -> dict[str, Any]:

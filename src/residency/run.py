@@ -187,7 +187,7 @@ class _Run:
 
     def _run_step(self, node: planning.Node, out: Path) -> tuple[Outcome, list[rows.Refused]]:
         from residency.compat import pick_device
-        from residency.measure import PeakMemory
+        from residency.measure import PeakMemory, release
 
         assert node.step is not None
         keys = self.plan.recipe.keys
@@ -213,6 +213,7 @@ class _Run:
             remote_code=keys.trust_remote_code and node.inputs.get("model") == self.plan.base.fingerprint,
         )
         seed_everything(keys.seed)
+        release()
         with PeakMemory() as memory:
             outcome = node.step.run(job)
         outcome.measured["peak_memory_bytes"] = memory.bytes

@@ -21,7 +21,7 @@ other scores the point is returned as it is. Below about 20 items percentile int
 Papers: Efron 1979, "Bootstrap methods: another look at the jackknife"; paired form for language tasks: Koehn 2004
 (W04-3250) and Dror et al. 2018 (P18-1128). Official code: none; tests compare with scipy.stats.bootstrap.
 
-Cost: R n S multiplications, in blocks of at most 2^22 counts; 2000 resamples of 1000 items take about 20 ms.
+Cost: R n S multiplications, in blocks of at most 2^22 counts; 2000 resamples of 1000 items take about 40 ms.
 Rows are sorted first, so an interval does not depend on the order in which items arrived.
 """
 

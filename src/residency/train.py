@@ -140,6 +140,8 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             watcher.close()
+        # accelerate leaves an autocast wrapper on model.forward; what is measured next must be the model itself
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     log.steps = trainer.state.global_step
     log.loss = [float(entry["loss"]) for entry in history]

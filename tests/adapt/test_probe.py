@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
 
+from conftest import write_jsonl
 from residency import bases, embedded, recipe, run
 from residency.adapt.probe import Probe
 from residency.classifier import ClassHead, Classifier
@@ -89,11 +89,18 @@ def test_a_recipe_with_images_runs_to_its_report(tmp_path):
 
 
 def test_a_recipe_with_texts_and_a_guard(tmp_path):
-    rows = [{"id": f"t{i}", "text": f"{'lovely' if i % 2 else 'dreadful'} place {i}", "label": "pos" if i % 2 else "neg"} for i in range(60)]
+    rows = [
+        {"id": f"t{i}", "text": f"{'lovely' if i % 2 else 'dreadful'} place {i}", "label": "pos" if i % 2 else "neg"}
+        for i in range(60)
+    ]
     write_jsonl(tmp_path / "a.jsonl", rows[:30])
     write_jsonl(tmp_path / "b.jsonl", rows[30:50])
     write_jsonl(tmp_path / "c.jsonl", rows[50:])
-    text = IMAGES.replace("tiny-image-encoder", "tiny-text-encoder").replace("embedded:digits/examples", "a.jsonl").replace("embedded:digits/test", "b.jsonl")
+    text = (
+        IMAGES.replace("tiny-image-encoder", "tiny-text-encoder")
+        .replace("embedded:digits/examples", "a.jsonl")
+        .replace("embedded:digits/test", "b.jsonl")
+    )
     text = text.replace("limit:", "guard: {test: c.jsonl, metric: exact-match}\nlimit:")
     record = run.execute(recipe.parse(text, tmp_path / "recipe.yaml"), tmp_path / "run")
     assert record["exams"][-1]["guard"]["n"] == 10
@@ -101,7 +108,10 @@ def test_a_recipe_with_texts_and_a_guard(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
-    [("metric: macro-f1", "metric: rouge-l", "a classifier cannot|which `rouge-l` cannot score"), ("tiny-image-encoder", "tiny-llama", "needs a text-encoder or image-encoder")],
+    [
+        ("metric: macro-f1", "metric: rouge-l", "a classifier cannot|which `rouge-l` cannot score"),
+        ("tiny-image-encoder", "tiny-llama", "needs a text-encoder or image-encoder"),
+    ],
 )
 def test_what_a_probe_cannot_do_is_refused_by_the_plan(tmp_path, old, new, says):
     from residency import plan

@@ -21,7 +21,10 @@ def test_no_two_kept_rows_are_near_duplicates_and_every_drop_has_a_better_twin(n
     pool, examples = rng.standard_normal((n, 4)), rng.standard_normal((k, 4))
     chosen = SimDiv(keep=keep, near_duplicates=tau).select(pool, examples)
     assert len(chosen.indices) <= min(keep, n)
-    vectors, rank = unit(pool.astype(np.float32)), {int(j): i for i, j in enumerate(np.argsort(-chosen.score, kind="stable"))}
+    vectors, rank = (
+        unit(pool.astype(np.float32)),
+        {int(j): i for i, j in enumerate(np.argsort(-chosen.score, kind="stable"))},
+    )
     cosines = vectors @ vectors.T
     kept = chosen.indices.tolist()
     assert all(cosines[a, b] <= tau + 1e-5 for i, a in enumerate(kept) for b in kept[:i])

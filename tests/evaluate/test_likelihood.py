@@ -200,16 +200,22 @@ def test_peft_adapters_are_scored():
     assert worst(found, plain) > 0.1
 
 
-def test_prompt_tuning_is_scored_without_sharing():
+@pytest.mark.parametrize("virtual", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_scored_without_sharing(virtual):
     peft = pytest.importorskip("peft")
     prompts, answers = items(n=4)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = getattr(peft, virtual)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     wrapped = peft.get_peft_model(build("llama"), config).eval()
+    assert not likelihood._shareable(wrapped)
     found = answer_logprobs(wrapped, prompts, answers)
-    with torch.no_grad():
-        row = wrapped(input_ids=torch.tensor([prompts[0] + answers[0][0]])).logits[0, 3:].log_softmax(-1)
-    at = torch.arange(len(answers[0][0])) + len(prompts[0]) - 1
-    assert found[0][0][0] == pytest.approx(float(row[at, torch.tensor(answers[0][0])].sum()), abs=1e-4)
+    for prompt, candidates, scores in zip(prompts, answers, found, strict=True):
+        for answer, (total, _) in zip(candidates, scores, strict=True):
+            if answer:
+                with torch.no_grad():
+                    rows = wrapped(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                rows = rows[-len(answer) - 1 : -1]
+                assert total == pytest.approx(float(rows[range(len(answer)), answer].sum()), abs=1e-4)
+    assert worst(found, naive(build("llama"), prompts, answers)) > 1e-2  # they do something
 
 
 def test_advance_counts_prompts():

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 HOSTILE = "</script><script>window.__pwned=1</script><img src=x onerror=alert(1)>"
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 QUESTIONS = (
     "Do I need a permit to {} {}?",
     "How long does approval take when I {} {}?",
@@ -23,9 +24,9 @@ ANSWERS = (
 # (id, label, share right, parameters, bytes, KV bytes per token, tokens/s)
 EXAMS = (
     ("00-base", "base", 0.55, 134_515_008, 269_060_552, 23_040, 41.3),
-    ("02-tune", "tune · lora", 0.80, 134_515_008, 269_060_552, 23_040, 40.9),
-    ("03-distill", "distill · bild", 0.78, 98_321_472, 196_676_000, 15_360, 57.4),
-    ("04-merge-heads", "merge-heads", 0.77, 94_781_312, 189_595_680, 5_120, 61.8),
+    ("02-tune", "tune · LoRA r=16", 0.80, 134_515_008, 269_060_552, 23_040, 40.9),
+    ("03-distill", "distill · 20 layers, BiLD", 0.78, 98_321_472, 196_676_000, 15_360, 57.4),
+    ("04-merge-heads", "merge-heads · 1 pair", 0.77, 94_781_312, 189_595_680, 5_120, 61.8),
 )
 
 
@@ -40,17 +41,21 @@ def sample_record() -> dict[str, Any]:
         for i in range(60)
     }
     items["q000"]["prompt"] = f"¿Necesito licencia para {HOSTILE} un balcón? 建築許可 🏗️ | pipe `tick`"
+    items["q001"]["image"] = PIXEL
+    items["q002"]["image"] = "https://example.org/tracker.png"
     guard = {f"g{i:02d}": {"prompt": f"Capital no. {i}?", "answer": f"City {i}"} for i in range(40)}
     exams = [_exam(rng, row, items, guard) for row in EXAMS]
     return {
         "schema": 1,
         "name": "building-permits",
+        "description": "Answers about building permits, from sixteen trusted rows",
         "status": "done",
         "error": None,
         "time": {
             "started": "2026-10-01T09:30:00+00:00",
             "finished": "2026-10-01T09:43:21+00:00",
             "seconds": 801.4,
+            "computed": ["00-data", "00-base", "02-tune", "03-distill", "04-merge-heads"],
         },
         "recipe": {
             "file": "recipe.yaml",
@@ -130,6 +135,16 @@ def sample_record() -> dict[str, Any]:
     }
 
 
+CONFUSION = {
+    "kind": "heatmap",
+    "title": "Confusion of the base",
+    "x": ["yes", "no", HOSTILE],
+    "y": ["yes", "no", HOSTILE],
+    "z": [[12, 3, 0], [4, 11, 2], [1, 0, 9]],
+    "xlabel": "predicted",
+    "ylabel": "true",
+}
+
 RECIPE = """residency: 1
 name: building-permits
 base: smollm2-135m-instruct
@@ -168,7 +183,7 @@ def _exam(rng: random.Random, row: tuple, items: dict, guard: dict) -> dict[str,
         order = random.Random(11)
         found = []
         for i, (name, item) in enumerate(questions.items()):
-            right = order.random() + rng.uniform(-0.12, 0.12) < level
+            right = order.random() + rng.uniform(-0.2, 0.2) < level
             wrong = (
                 HOSTILE
                 if i == 0
@@ -201,6 +216,7 @@ def _exam(rng: random.Random, row: tuple, items: dict, guard: dict) -> dict[str,
                 "higher_is_better": False,
             }
         },
+        "figures": [CONFUSION] if identity == "00-base" else [],
         "cost": {"parameters": parameters, "bytes_on_disk": disk, "kv_bytes_per_token": kv},
         "measured": {
             "tokens_per_second": speed,
@@ -228,18 +244,18 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 
 
 def _comparisons(exams: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for i, exam in enumerate(exams[1:], start=1):
-        for against in [exams[0]] if i == 1 else [exams[0], exams[i - 1]]:
-            found.append(
-                {
-                    "of": exam["id"],
-                    "against": against["id"],
-                    **_difference(against["task"], exam["task"]),
-                    "guard": _difference(against["guard"], exam["guard"]),
-                }
-            )
-    return found
+    base = exams[0]
+    pairs = [(exam, base) for exam in exams[1:]]
+    pairs += list(zip(exams[2:], exams[1:], strict=False))
+    return [
+        {
+            "of": exam["id"],
+            "against": against["id"],
+            **_difference(against["task"], exam["task"]),
+            "guard": _difference(against["guard"], exam["guard"]),
+        }
+        for exam, against in pairs
+    ]
 
 
 def _step(name: str, variant: str | None, title: str, seconds: float, **more: Any) -> dict[str, Any]:
@@ -264,7 +280,7 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
         _step(
             "01-curate",
             "k-shot",
-            "Choose the pool rows most like the trusted ones",
+            "curate · 240 by k-shot",
             12.3,
             method="k-shot",
             params={"keep": 240, "by": "k-shot", "near-duplicates": 0.9},
@@ -274,7 +290,7 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
         _step(
             "02-tune",
             "lora",
-            "Tune low-rank adapters on the curated rows",
+            "tune · LoRA r=16",
             402.0,
             params={"rank": 16, "epochs": 2, "learning-rate": 0.0003},
             summary={"rows": 240, "trainable parameters": 4_884_480, "last loss": 0.4127},
@@ -298,7 +314,7 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
         _step(
             "03-distill",
             "bild",
-            "Distil thirty layers into twenty",
+            "distill · 20 layers, BiLD",
             231.7,
             params={"loss": "bild", "student": {"layers": 20}},
             summary={"layers": "30 → 20"},
@@ -318,7 +334,7 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
         _step(
             "04-merge-heads",
             None,
-            "Merge key/value heads",
+            "merge-heads · 1 pair",
             38.2,
             params={"kv-heads": 1},
             summary={"kv heads": "3 → 1", "cache": "÷ 3"},

@@ -208,7 +208,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     memo: dict[int, Any] = {}
     memo[id(old)] = nn.ModuleList(copy.deepcopy(old[layer], memo) for layer in kept)
     small = copy.deepcopy(model, memo)
-    config = small.base_model.config
+    config: Any = small.base_model.config
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == len(old) and name not in _NOT_PER_LAYER:
             setattr(config, name, [value[layer] for layer in kept])

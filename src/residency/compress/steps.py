@@ -17,8 +17,8 @@ class StudentSection(Params):
     layers: int | None = Field(None, ge=2)
     """Keep so many decoder layers of the current model."""
     choose: Literal["greedy", "loss", "influence", "even"] = "greedy"
-    """How to choose them: remove one at a time the layer that the answers' loss misses least, measuring again each time;
-    measure that loss once; by block influence; or evenly spaced.
+    """How to choose them: remove one at a time the layer that the answers' loss misses least, measuring again each
+    time; measure that loss once; by block influence; or evenly spaced.
     """
     calibrate: int = Field(24, ge=1)
     """Rows on which the layers' importance is measured."""

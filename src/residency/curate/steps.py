@@ -53,7 +53,9 @@ class CurateByKShot(Step):
 
     def tiny(self) -> CurateByKShot:
         """See `Step.tiny`."""
-        return CurateByKShot(self.params.model_copy(update={"keep": 8, "encoder": "tiny-text-encoder"}))
+        return CurateByKShot(
+            self.params.model_copy(update={"keep": 8, "near_duplicates": 1.0, "encoder": "tiny-text-encoder"})
+        )
 
     def plan(self, state: State) -> Forecast:
         """See `Step.plan`."""

@@ -1,7 +1,7 @@
 """Recipe step of the evaluate stage: `evaluate`, the examination that the base and every model of a run sits.
 
-Scores are computed in float32 unless told otherwise, so that they do not depend on how items are batched. The same items,
-prompts and wrong answers are used for every model of a run; that is what makes the comparison paired.
+Scores are computed in float32 unless told otherwise, so that they do not depend on how items are batched. The same
+items, prompts and wrong answers are used for every model of a run; that is what makes the comparison paired.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class EvaluateParams(Params):
     max_answer_tokens: int = Field(64, ge=1)
     """Longest generated answer, for metrics that read generated text."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    """In which precision the model computes: float32 makes scores independent of batching; auto takes bfloat16 where the
-    hardware has it, about twice as fast; log-probabilities are summed in float64 either way.
+    """In which precision the model computes: float32 makes scores independent of batching; auto takes bfloat16
+    where the hardware has it, about twice as fast; log-probabilities are summed in float64 either way.
     """
     resamples: int = Field(2000, ge=100)
     """Bootstrap resamples behind every interval."""

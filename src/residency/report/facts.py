@@ -32,7 +32,7 @@ COLUMNS = (
     ("speed", "Tokens/s", "measured on this machine"),
     ("first_token", "First token", "time to the first token, measured on this machine"),
     ("memory", "Peak memory", "peak memory during the exam, measured on this machine"),
-    ("step_time", "Step time", "wall time of the step"),
+    ("step_time", "Wall time", "wall time of the step, and of its exam below"),
     ("exam_time", "Exam time", "wall time of the exam"),
 )
 
@@ -100,6 +100,13 @@ class Stage:
         return number(dig(self.exam, "task", "value"))
 
 
+def outcome_sentence(record: dict[str, Any]) -> str:
+    """What a run came to, in one sentence: the first line of the report, and the last of a run."""
+    from residency.report.outcome import sentence
+
+    return sentence(Facts(record))
+
+
 class Facts:
     """Everything derived from one record.
 
@@ -135,7 +142,9 @@ class Facts:
     def _stages(self) -> list[Stage]:
         by_id = {str(exam.get("id")): exam for exam in self.exams}
         step_ids = {str(step.get("id")) for step in self.steps}
-        rows = [(exam, {}) for exam in self.exams if str(exam.get("id")) not in step_ids]
+        rows: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (exam, {}) for exam in self.exams if str(exam.get("id")) not in step_ids
+        ]
         rows += [(by_id.get(str(step.get("id")), {}), step) for step in self.steps]
         last = max((i for i, (exam, _) in enumerate(rows) if exam), default=-1)
         return [self._stage(exam, step, final=i == last) for i, (exam, step) in enumerate(rows)]
@@ -146,9 +155,8 @@ class Facts:
         specialist = final and not is_base and self.status == "done"
         change = None if is_base else self.change(identity, self._base_id, exam=exam)
         guard = None if is_base else self.change(identity, self._base_id, exam=exam, guard=True)
-        name = dig(step, "step", default=identity)
-        variant = dig(step, "variant")
-        label = dig(exam, "label", default=f"{name} · {variant}" if variant else name)
+        name = dig(step, "title", default=dig(step, "step", default=identity))
+        label = dig(exam, "label", default=name)
         note = dig(self.record, "base", "name") if is_base else dig(step, "title")
         stage = Stage(
             id=identity,
@@ -189,6 +197,12 @@ class Facts:
     @property
     def _base_id(self) -> str:
         return str(self.exams[0].get("id")) if self.exams else ""
+
+    def reused(self, step: dict[str, Any]) -> bool:
+        """Whether a step's outputs were there before this run, by its status or by the run's list."""
+        computed = dig(self.record, "time", "computed")
+        left_out = isinstance(computed, list) and step.get("id") not in computed
+        return bool(step) and (left_out or step.get("status") == "cached")
 
     def exam(self, identity: str) -> dict[str, Any]:
         """The exam with this id, or an empty one."""

@@ -94,6 +94,7 @@ class TableSpec(_TableOptions):
 
 
 FigureSpec = LinesSpec | BarsSpec | ScatterSpec | HeatmapSpec | TableSpec
+LABEL = 32
 CHARTS = ("lines", "bars", "scatter", "heatmap")
 
 
@@ -146,9 +147,13 @@ def _lines(spec: dict[str, Any], layout: dict[str, Any]) -> list[dict[str, Any]]
 
 def _bars(spec: dict[str, Any], layout: dict[str, Any]) -> list[dict[str, Any]]:
     x, y = sequence(spec, "x"), [number(v) for v in sequence(spec, "y")]
-    layout["barmode"] = "group"
+    total = min(len(x), len(y))
+    places = {label(fmt.plain(entry), limit=LABEL): None for entry in x[:total]}
+    # Where no label has bars of two groups, a group is a colour and every bar keeps its full width.
+    layout["barmode"] = "overlay" if len(places) == total else "group"
+    layout["xaxis"] |= {"categoryorder": "array", "categoryarray": list(places)}
     data = []
-    for name, members in _groups(spec, min(len(x), len(y))):
+    for name, members in _groups(spec, total):
         ticks, labels = _ticks([x[i] for i in members])
         if ticks != labels:
             layout["xaxis"].update(tickvals=ticks, ticktext=labels)
@@ -196,6 +201,9 @@ def _heatmap(spec: dict[str, Any], layout: dict[str, Any]) -> list[dict[str, Any
         else:
             layout[f"{axis}axis"]["type"] = "category"
     layout["yaxis"]["autorange"] = "reversed"
+    cells = [value for row in trace["z"] for value in row]
+    if len(cells) <= 225 and all(value is not None and value.is_integer() for value in cells):
+        trace["texttemplate"] = "%{z}"  # a confusion matrix is read, not looked at
     return [trace]
 
 
@@ -210,7 +218,7 @@ def _groups(spec: dict[str, Any], total: int) -> list[tuple[str, list[int]]]:
 
 def _ticks(labels: list[Any]) -> tuple[list[Any], list[str]]:
     """Where labelled things stand and what is written there: positions where labels repeat."""
-    texts = [label(fmt.plain(entry), limit=40) for entry in labels]
+    texts = [label(fmt.plain(entry), limit=LABEL) for entry in labels]
     return (list(texts) if len(set(texts)) == len(texts) else list(range(len(texts)))), texts
 
 

@@ -176,13 +176,19 @@ class Scale:
         return NONE if found is None else (MINUS if found < 0 else "") + self._size(found)
 
     def signed(self, value: Any) -> str:
-        """A difference with its sign: +.18, −.01, ±.00."""
+        """A difference with its sign: +.18, −.01, ±.00.
+
+        One that would round to zero gets a digit more (−.004), so that the bound of an interval
+        that excludes zero does not look as if it touched it.
+        """
         found = number(value)
         if found is None:
             return NONE
         digits = self._size(found)
         if not digits.strip("0."):
-            return "±" + digits
+            digits = self._size(found, self.decimals + 1)
+            if not digits.strip("0."):
+                return "±" + self._size(0.0)
         return ("+" if found > 0 else MINUS) + digits
 
     def span(self, low: Any, high: Any, *, signed: bool = False) -> str:
@@ -193,6 +199,6 @@ class Scale:
             return f"{self.signed(low)}…{self.signed(high)}"
         return f"{self.text(low)}–{self.text(high)}"
 
-    def _size(self, value: float) -> str:
-        digits = f"{abs(value):,.{self.decimals}f}"
+    def _size(self, value: float, decimals: int | None = None) -> str:
+        digits = f"{abs(value):,.{self.decimals if decimals is None else decimals}f}"
         return digits[1:] if self.unit == "share" and digits.startswith("0.") else digits

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 200
 LONG_TEXT = 1500
+_HASH = re.compile(r"[0-9a-f]{32,}")
 
 # Each colour in light and in dark; tests hold the text colours to a contrast of 4.5 on the paper.
 PALETTE = {
@@ -62,17 +64,9 @@ def render_html(record: dict[str, Any]) -> str:
     Returns:
         The page. Every text of the record is escaped; no request leaves the page.
     """
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("residency.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["clip"] = lambda text: fmt.clip(text, LONG_TEXT)
+    environment = _environment()
     scripts = {"plotly": _plotly(), "page": _asset(environment, "report.js")}
     hashes = " ".join(f"'sha256-{_digest(source)}'" for source in scripts.values())
     book = _Book()
@@ -86,6 +80,22 @@ def render_html(record: dict[str, Any]) -> str:
         payload=lambda: Markup(_json({"charts": book.charts, "tables": book.tables})),
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("residency.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.tests["hash"] = lambda text: bool(_HASH.fullmatch(text))
+    environment.filters["clip"] = lambda text: fmt.clip(text, LONG_TEXT)
+    return environment
 
 
 class _Book:
@@ -137,6 +147,7 @@ def _context(facts: Facts, book: _Book) -> dict[str, Any]:
     guard_flips = [flips(facts, s.guard_change, guard=True) for s in facts.stages]
     return {
         "facts": facts,
+        "description": str(fmt.dig(facts.record, "description", default="")),
         "sentence": outcome.sentence(facts).replace(" %", "\u00a0%"),
         "subtitle": outcome.subtitle(facts),
         "tiles": outcome.tiles(facts),
@@ -157,7 +168,7 @@ def _context(facts: Facts, book: _Book) -> dict[str, Any]:
         "quarantine": sections.quarantine_table(facts),
         "recipe": sections.recipe(facts),
         "provenance": sections.provenance(facts),
-        "none": fmt.NONE,
+        "dash": fmt.NONE,
     }
 
 

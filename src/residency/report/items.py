@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from residency.report.formats import dig, mapping, mappings, number
 
 SHOWN = 200
 STRIP_LIMIT = 600
+_PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+")
 _KINDS = {0.0: "wrong", 1.0: "right"}
 
 
@@ -23,6 +25,7 @@ class Flip:
     answer: str
     before: str
     after: str
+    image: str = ""  # a data: address, or nothing
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def flips(facts: Facts, change: Change | None, *, guard: bool = False) -> Flips 
             answer=str(dig(texts, identity, "answer", default=fmt.NONE)),
             before=before.get(identity, fmt.NONE),
             after=after.get(identity, fmt.NONE),
+            image=_image(dig(texts, identity, "image")),
         )
 
     return Flips(
@@ -73,6 +77,11 @@ def flips(facts: Facts, change: Change | None, *, guard: bool = False) -> Flips 
         fixed=[read(i) for i in change.fixed[:SHOWN]],
         broken=[read(i) for i in change.broken[:SHOWN]],
     )
+
+
+def _image(address: Any) -> str:
+    """A picture the page carries in itself; anything else would be a request."""
+    return address if isinstance(address, str) and _PICTURE.fullmatch(address) else ""
 
 
 def _predictions(exam: dict[str, Any], kind: str) -> dict[str, str]:
@@ -91,6 +100,11 @@ class Strip:
 
     rows: list[tuple[str, str, list[float | None]]]
     titles: list[str]
+
+    @property
+    def partial(self) -> bool:
+        """Whether any item was answered in part."""
+        return any(v not in (None, 0.0, 1.0) for _, _, cells in self.rows for v in cells)
 
     def paths(self, cells: list[float | None]) -> list[tuple[str, str]]:
         """The cells as SVG paths, one path per kind of cell: small however many items."""

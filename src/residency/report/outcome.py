@@ -29,10 +29,10 @@ class Tile:
 _EFFICIENCY = (
     ("Parameters", ("cost", "parameters"), fmt.count, False, "fewer"),
     ("On disk", ("cost", "bytes_on_disk"), fmt.size, False, "less"),
-    ("KV cache per token", ("cost", "kv_bytes_per_token"), fmt.size, False, "less"),
-    ("Tokens per second", ("measured", "tokens_per_second"), fmt.measure, True, ""),
+    ("KV per token", ("cost", "kv_bytes_per_token"), fmt.size, False, "less"),
+    ("Tokens/s", ("measured", "tokens_per_second"), fmt.measure, True, ""),
     (
-        "Time to first token",
+        "First token",
         ("measured", "time_to_first_token_ms"),
         lambda v: fmt.measure(v, "ms"),
         False,
@@ -51,7 +51,7 @@ def ratio(before: Any, after: Any, fewer: str) -> str:
     if percent == 0:
         return "unchanged"
     if percent >= 100:
-        return f"{fmt.measure(new / old)}× as {'many' if fewer == 'fewer' else 'much'}"
+        return times(old, new)
     return f"{abs(percent)} % {fewer if percent < 0 else 'more'}"
 
 
@@ -142,9 +142,9 @@ def banner(facts: Facts) -> dict[str, str] | None:
     """What to say above everything else when the run did not finish; None when it did."""
     if facts.status == "done":
         return None
-    planned = len(fmt.sequence(facts.record, "recipe", "resolved", "steps"))
-    done = sum(1 for step in facts.steps if step.get("status") in ("done", "cached"))
-    progress = f"{done} of {planned} steps are done" if planned else f"{done} steps are done"
+    done = sum(1 for step in facts.steps if dig(step, "status", default="done") in ("done", "cached"))
+    exams = len(facts.exams)
+    progress = f"{done} step{' is' if done == 1 else 's are'} done, {exams} exam{' is' if exams == 1 else 's are'} in"
     error = str(dig(facts.record, "error", default=""))
     texts = {
         "running": ("Still running", f"{progress}; this page shows what exists so far."),

@@ -22,9 +22,10 @@ class Table:
 
 @dataclass(frozen=True)
 class StepView:
-    """One step as the report shows it."""
+    """One step, or the base, as the report shows it."""
 
     stage: Stage
+    ordinal: int  # 0 for the base
     title: str
     tags: list[str]
     summary: list[tuple[str, str]]
@@ -47,34 +48,56 @@ def pairs(value: Any) -> list[tuple[str, str]]:
     return found
 
 
+def plainly(value: Any) -> list[tuple[str, str]]:
+    """Facts in words: underscores as spaces, bytes in their unit, nothing that is unknown."""
+    found = []
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        words = str(key).split("_")
+        if isinstance(entry, dict):
+            found += [(f"{' '.join(words)} {name}", text) for name, text in plainly(entry)]
+        elif entry is not None:
+            is_bytes = "bytes" in words and fmt.number(entry) is not None
+            shown = words[:-1] if is_bytes and words[-1] == "bytes" else words
+            found.append((" ".join(shown), fmt.size(entry) if is_bytes else plain(entry)))
+    return found
+
+
 def step_views(facts: Facts) -> list[StepView]:
-    """Every step of the run."""
-    return [_step_view(facts, stage) for stage in facts.stages if stage.step]
+    """Every step of the run, after the base where its exam left figures."""
+    shown = [stage for stage in facts.stages if stage.step or mappings(stage.exam, "figures")]
+    steps = [stage for stage in shown if stage.step]
+    return [_step_view(facts, stage, steps.index(stage) + 1 if stage.step else 0) for stage in shown]
 
 
-def _step_view(facts: Facts, stage: Stage) -> StepView:
+def _step_view(facts: Facts, stage: Stage, ordinal: int) -> StepView:
     step = stage.step
     before = facts.predecessor(stage.id)
     change = facts.change(stage.id, before, exam=stage.exam) if before is not None else None
     memory = dig(step, "measured", "peak_memory_bytes")
     tags = [dig(step, "step"), dig(step, "variant"), dig(step, "method")]
     words = list(dict.fromkeys(str(tag) for tag in tags if tag))
-    if step.get("status") != "done":
-        words.append(str(dig(step, "status", default="unknown")))
-    if dig(step, "measured", "seconds") is not None:
+    if facts.reused(step):
+        words.append("reused from an earlier run")
+    elif dig(step, "status", default="done") != "done":
+        words.append(str(step["status"]))
+    if stage.cells["step_time"] != fmt.NONE:
         words.append(stage.cells["step_time"])
     if memory is not None:
         words.append(f"peak {fmt.size(memory)}")
+    wiring = [
+        ("address", plain(step.get("address"))),
+        *((f"in · {key}", text) for key, text in pairs(step.get("inputs"))),
+        *((f"out · {key}", text) for key, text in pairs(step.get("outputs"))),
+    ]
     return StepView(
         stage=stage,
+        ordinal=ordinal,
         title=str(dig(step, "title", default=stage.label)),
         tags=words,
-        summary=pairs(step.get("summary")),
+        summary=plainly(step.get("summary")),
         params=pairs(step.get("params")),
-        wiring=[("address", plain(step.get("address")))]
-        + [(f"in · {key}", text) for key, text in pairs(step.get("inputs"))]
-        + [(f"out · {key}", text) for key, text in pairs(step.get("outputs"))],
-        figures=mappings(step, "figures"),
+        wiring=wiring if step else [],
+        figures=[*mappings(step, "figures"), *mappings(stage.exam, "figures")],
         flips=flips(facts, change),
     )
 
@@ -92,7 +115,7 @@ def guard_table(facts: Facts) -> Table | None:
             moved = [change.text, change.span, verdict]
         n = plain(dig(stage.exam, "guard", "n"))
         rows.append([stage.label, stage.cells["guard"], stage.cells["guard_span"], n, *moved])
-    heads = ["Stage", "Guard", "95 % interval", "Items", "Against base", "Interval", "Zero?"]
+    heads = ["Stage", "Guard", "95 % interval", "Items", "Against base", "Interval", "Excludes zero?"]
     return Table(heads, rows) if rows else None
 
 
@@ -103,8 +126,9 @@ def extras_table(facts: Facts) -> Table | None:
     for name in names:
         known = [mapping(exam, "extra", name) for exam in facts.exams]
         scale = fmt.Scale.of({"unit": name}, [k.get("value") for k in known])
-        falling = any(k.get("higher_is_better") is False for k in known)
-        row = [f"{name} ({'lower' if falling else 'higher'} is better)"]
+        better = next((k["higher_is_better"] for k in known if "higher_is_better" in k), None)
+        sense = "" if better is None else " (higher is better)" if better else " (lower is better)"
+        row = [f"{name}{sense}"]
         for entry in known:
             span = scale.span(entry.get("low"), entry.get("high"))
             text = scale.text(entry.get("value"))
@@ -116,9 +140,9 @@ def extras_table(facts: Facts) -> Table | None:
 
 def data_table(facts: Facts) -> Table | None:
     """What went in: rows, refusals and fingerprints."""
+    keys = ("source", "rows", "refused", "duplicates", "sha256")
     rows = [
-        [str(name), *(plain(entry.get(key)) for key in ("source", "rows", "refused", "duplicates"))]
-        + [plain(entry.get("sha256"))]
+        [str(name), *(plain(entry.get(key)) for key in keys)]
         for name, entry in mapping(facts.record, "data").items()
         if isinstance(entry, dict)
     ]
@@ -130,10 +154,7 @@ def quarantine_table(facts: Facts) -> tuple[int, Table | None]:
     """How many rows were refused, and a sample of them."""
     sample = mappings(facts.record, "quarantine", "sample")
     total = fmt.number(dig(facts.record, "quarantine", "count"))
-    rows = [
-        [plain(e.get("source")), plain(e.get("line")), plain(e.get("reason"))] + [fmt.clip(plain(e.get("text")), 300)]
-        for e in sample
-    ]
+    rows = [[fmt.clip(plain(entry.get(key)), 300) for key in ("source", "line", "reason", "text")] for entry in sample]
     table = Table(["Source", "Line", "Reason", "Text"], rows) if rows else None
     return int(total if total is not None else len(rows)), table
 
@@ -141,10 +162,6 @@ def quarantine_table(facts: Facts) -> tuple[int, Table | None]:
 def provenance(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
     """What it would take to do this run again: base, versions, machine, seed, determinism."""
     record = facts.record
-    machine = [
-        (key, fmt.size(value) if key == "memory_bytes" else plain(value))
-        for key, value in mapping(record, "machine", "measured").items()
-    ]
     run = [
         ("started", fmt.moment(dig(record, "time", "started"))),
         ("finished", fmt.moment(dig(record, "time", "finished"))),
@@ -154,8 +171,8 @@ def provenance(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     found = [
         ("Run", [pair for pair in run if pair[1] != fmt.NONE]),
-        ("Base", pairs(record.get("base"))),
-        ("Machine", machine),
+        ("Base", plainly(record.get("base"))),
+        ("Machine", plainly(dig(record, "machine", "measured"))),
         ("Versions", pairs(record.get("versions"))),
     ]
     return [(name, entries) for name, entries in found if entries]

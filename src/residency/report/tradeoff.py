@@ -76,6 +76,7 @@ def _figure(facts: Facts, points: list[tuple[Stage, float, float]], title: str, 
         "marker": {
             "size": sizes,
             "symbol": symbols,
+            "opacity": 1,
             "color": "var(--accent)",
             "line": {"width": 2, "color": "var(--accent)"},
         },
@@ -132,9 +133,11 @@ def _places(xs: list[float], ys: list[float], width: float, height: float) -> li
     places = []
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         near = [
-            ys[j] for j in range(len(xs)) if j != i and abs(xs[j] - x) < 0.3 * width and abs(ys[j] - y) < 0.07 * height
+            (ys[j], -j)  # of two that are equal, the earlier one stands above
+            for j in range(len(xs))
+            if j != i and abs(xs[j] - x) < 0.3 * width and abs(ys[j] - y) < 0.07 * height
         ]
-        above, below = sum(v > y for v in near), sum(v < y for v in near)
+        above, below = sum(v > (y, -i) for v in near), sum(v < (y, -i) for v in near)
         row = "middle" if above == below else "bottom" if above > below else "top"
         places.append(f"{row} {'left' if x > middle else 'right'}")
     return places

@@ -1,11 +1,12 @@
 """The common suite: what every method of the catalogue must pass, by role; public, so that yours can be checked too.
 
-    from residency.testing import check_method
-    check_method("bild")                 # a catalogue row: runs the checks of its role, raises on the first list of failures
-    check_method(MyCase())               # your own: subclass the case of your role and give it your method
+    from residency.testing import check_method check_method("bild")                 # a catalogue row: runs the
+    checks of its role, raises on the first list of failures check_method(MyCase())               # your own:
+    subclass the case of your role and give it your method
 
-A case supplies a tiny input, the baseline its method degenerates to, and an independent reference; the checks come with the role
-(`residency.testing.roles`). Every check is a method named `check_…` whose docstring says what must hold.
+A case supplies a tiny input, the baseline its method degenerates to, and an independent reference; the checks come
+with the role (`residency.testing.roles`). Every check is a method named `check_…` whose docstring says what must
+hold.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from residency.testing.roles import (
     Case,
@@ -30,7 +30,9 @@ class BiLDCase(PairLossCase):
     def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         return self._loss().dense(student, teacher)
 
-    def fused(self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None) -> tuple[Any, Any]:
+    def fused(
+        self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None
+    ) -> tuple[Any, Any]:
         return self._loss().fused(student, head, teacher, teacher_head, chunk_bytes=chunk_bytes)
 
     def reference(self, student: Any, teacher: Any) -> float:
@@ -74,7 +76,9 @@ class KLCase(PairLossCase):
     def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         return self._loss().dense(student, teacher)
 
-    def fused(self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None) -> tuple[Any, Any]:
+    def fused(
+        self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None
+    ) -> tuple[Any, Any]:
         return self._loss().fused(student, head, teacher, teacher_head, chunk_bytes=chunk_bytes)
 
     def reference(self, student: Any, teacher: Any) -> float:
@@ -114,7 +118,7 @@ class KShotCase(SelectorCase):
     everything = {"keep": 10_000, "near_duplicates": 1.0}  # noqa: RUF012
 
     @property
-    def params(self) -> Any:  # type: ignore[override]
+    def params(self) -> Any:
         from residency.curate.simdiv import SimDiv
 
         return SimDiv
@@ -143,7 +147,7 @@ class LoraCase(SurgeryCase):
     name = "lora"
 
     @property
-    def params(self) -> Any:  # type: ignore[override]
+    def params(self) -> Any:
         from residency.lora import Lora
 
         return Lora
@@ -220,10 +224,10 @@ class ProbeCase(PredictorCase):
     """Heads of a probe."""
 
     name = "probe"
-    heads = ({"head": "linear"}, {"head": "prototype"})
+    heads: ClassVar[tuple[dict[str, Any], ...]] = ({"head": "linear"}, {"head": "prototype"})
 
     @property
-    def params(self) -> Any:  # type: ignore[override]
+    def params(self) -> Any:
         from residency.adapt.probe import Probe
 
         return Probe
@@ -238,15 +242,17 @@ class ProbeCase(PredictorCase):
         features, labels = self.problem()
         unit = features / np.linalg.norm(features, axis=1, keepdims=True)
         means = {c: unit[[i for i, label in enumerate(labels) if label == c]].mean(0) for c in "abc"}
-        expected = [max("abc", key=lambda c, u=u: u @ means[c] / np.linalg.norm(means[c])) for u in unit]
+        directions = np.stack([means[c] / np.linalg.norm(means[c]) for c in "abc"])
+        expected = ["abc"[i] for i in (unit @ directions.T).argmax(1)]
         assert self.fit(features, labels, head="prototype").predict(features) == expected
 
     def check_every_key_is_read(self) -> None:
         """Regularisation changes the linear head, temperature the prototypes."""
         data = self.problem()
-        for params in ({"head": "linear", "regularisation": 1.0}, {"head": "prototype", "temperature": 1.0}):
-            default = self.fit(*data, head=params["head"])
-            assert not (default.weight == self.fit(*data, **params).weight).all()
+        for head, key in (("linear", "regularisation"), ("prototype", "temperature")):
+            given: dict[str, Any] = {"head": head, key: 1.0}
+            default, changed = self.fit(*data, head=head), self.fit(*data, **given)
+            assert not (default.weight == changed.weight).all()
 
 
 def _log_softmax(values: list[float]) -> list[float]:
@@ -349,7 +355,10 @@ class RougeLCase(MetricCase):
     def updates(self, seed: int = 0) -> list[tuple[Any, ...]]:
         letters = iter(_labels(seed, 30 * 11))
         take = [next(letters) for _ in range(30 * 11)]
-        return [(f"i{i:02}", " ".join(take[11 * i : 11 * i + 5]), " ".join(take[11 * i + 5 : 11 * i + 11])) for i in range(30)]
+        return [
+            (f"i{i:02}", " ".join(take[11 * i : 11 * i + 5]), " ".join(take[11 * i + 5 : 11 * i + 11]))
+            for i in range(30)
+        ]
 
     def perfect(self) -> list[tuple[Any, ...]]:
         return [("i0", "The fee is due.", "the fee is due")]

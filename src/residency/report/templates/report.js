@@ -44,8 +44,9 @@
       layout: {
         font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colour("--muted") },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", colorway: colourway(),
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--line-strong"), activecolor: colour("--accent") },
         xaxis: axis, yaxis: axis, bargap: 0.25,
-        margin: { l: 48, r: 16, t: 14, b: 44 },
+        margin: { l: 40, r: 16, t: 14, b: 30 },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant" },
         hoverlabel: {
           align: "left", bgcolor: colour("--card"), bordercolor: colour("--line-strong"),
@@ -79,6 +80,7 @@
     if (width) layout.width = width;
     const config = {
       responsive: true, displaylogo: false,
+      displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
     };
     try {
