@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def _threads():
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # the models are tiny, and two spinning threads on a busy machine take 100 times longer
 
 
 @pytest.fixture

@@ -114,3 +114,15 @@ def test_importing_does_not_import_torch():
     code = "import sys, residency.measure, residency.stats; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_released_memory_goes_back_to_the_system():
+    from residency.measure import release, resident
+
+    before = resident()
+    held = [bytes(4000 + i % 97) for i in range(50_000)]
+    grown = resident()
+    assert grown > before + (100 << 20)
+    del held
+    release()
+    assert resident() < before + (60 << 20)

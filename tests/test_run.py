@@ -170,7 +170,7 @@ def test_twenty_kills_end_in_the_same_weights_and_record(finished, tmp_path):
     )
     assert out.returncode == 0, out.stderr[-2000:]
     assert json.loads(out.stdout)["kills"] == 20
-    assert not [p for p in root.rglob(".tmp-*")]
+    assert not list(root.rglob(".tmp-*"))
     once = tmp_path / "once"
     subprocess.run(
         [*CLI, "run", str(tmp_path / "copy" / "recipe.yaml"), "--out", str(once), "-q"],

@@ -36,25 +36,32 @@ Tiny = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory (default: runs/NAME).")]
 
 
+INTERRUPTED = 130
+"""Exit code of a process stopped by Ctrl-C, as shells have it."""
+
+
 def main() -> NoReturn:
     """Entry point: turns errors into messages and exit codes."""
+    code: Any = 0
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for Ctrl-C
+    except (typer.Exit, SystemExit) as stop:
+        code = getattr(stop, "exit_code", getattr(stop, "code", 0))
     except ResidencyError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped (Ctrl-C). Finished steps are kept; run the same command to go on.", 130)
+        code = INTERRUPTED
     except BrokenPipeError:
         os._exit(0)
-    except (typer.Exit, SystemExit) as stop:
-        raise SystemExit(getattr(stop, "exit_code", getattr(stop, "code", 0))) from None
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's usage errors
+        if hasattr(error, "format_message"):  # usage errors; typer >= 0.2x carries its own copy of click
             _fail(error.format_message(), 2)
-        if type(error).__name__ == "Abort":
-            _fail("stopped.", 130)
-        raise
-    raise SystemExit(0)
+        if type(error).__name__ != "Abort":
+            raise
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _fail("stopped (Ctrl-C). Finished steps are kept; run the same command to go on.", INTERRUPTED)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -113,7 +113,7 @@ def base_folder(name: str) -> Path:
     return folder
 
 
-_FORM = 1
+_FORM = 2
 
 
 def _make_smollm2(folder: Path) -> None:
@@ -131,7 +131,15 @@ def _make_smollm2(folder: Path) -> None:
         model: Any = LlamaForCausalLM(config)
         model.load_state_dict(quantised.state_dict(), strict=True)
         model.to(torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.23 drops the digit splitting that the GGUF asks for (tokenizer.ggml.pre = smollm): "\n\n12"
+    # would split otherwise than in training. May go when its GGUF reader knows that name.
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def _make_minilm(folder: Path) -> None:

@@ -139,7 +139,8 @@ def make(recipe: Recipe) -> Plan:
         if {"examples", "test"} & entry.step.reads or entry.step.sources():
             inputs["data"] = data_address
         inputs |= {name: data[f"{index}:{name}"].fingerprint for name in entry.step.sources()}
-        inputs |= _further_bases(recipe, entry, index)
+        others = _further_bases(recipe, entry, index)
+        inputs |= {f"base:{name}": other.fingerprint for name, other in others.items()}
         pools = {name: data[f"{index}:{name}"] for name in entry.step.sources()}
         address = store.address_of(
             [
@@ -149,7 +150,8 @@ def make(recipe: Recipe) -> Plan:
         )
         pool_rows = sum(counts[f"{index}:{name}"][0] for name in pools)
         try:
-            forecast = entry.step.plan(replace(state, pool_rows=pool_rows))
+            facts = {name: other.facts for name, other in others.items()}
+            forecast = entry.step.plan(replace(state, pool_rows=pool_rows, others=facts))
         except ResidencyError as error:
             raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
         nodes.append(
@@ -217,10 +219,10 @@ def _sources(recipe: Recipe, guard: GuardSection | None) -> dict[str, sources.So
     }
 
 
-def _further_bases(recipe: Recipe, entry: StepEntry, index: int) -> dict[str, str]:
-    """Fingerprints of the models a step loads besides the current one."""
+def _further_bases(recipe: Recipe, entry: StepEntry, index: int) -> dict[str, bases.Base]:
+    """The models a step loads besides the current one."""
     return {
-        f"base:{name}": bases.resolve(ref, recipe.folder, recipe.where("steps", index, entry.name)).fingerprint
+        name: bases.resolve(ref, recipe.folder, recipe.where("steps", index, entry.name))
         for name, ref in entry.step.bases().items()
     }
 

@@ -90,6 +90,7 @@ class State:
         test_rows, guard_rows: Number of rows of the examination.
         pool_rows: Rows of the sources the step itself reads.
         metrics: The task's metric, and the guard's if there is one.
+        others: Facts of the further models that the step names in `bases`.
     """
 
     model: ModelFacts
@@ -99,6 +100,7 @@ class State:
     guard_rows: int = 0
     pool_rows: int = 0
     metrics: tuple[str, ...] = ()
+    others: dict[str, ModelFacts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

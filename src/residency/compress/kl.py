@@ -15,7 +15,7 @@ hard labels when τ changes (section 2). Our choice: τ = 1 by default, usual fo
 the factor is 1; the divergence rather than the cross-entropy to p (equal gradients, and zero is zero);
 the (sum, count) contract; float32 arithmetic; words the teacher excludes with −inf contribute nothing.
 
-Cost. Dense: about six [N, V] matrices at its peak. Fused: three blocks of `chunk_bytes`, the gradient
+Cost. Dense: about seven [N, V] matrices at its peak. Fused: three blocks of `chunk_bytes`, the gradient
 made during the forward (`fusedhead.py`), and the same four matrix products.
 
 Paper: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from residency.errors import PlanError
-from residency.step import Forecast, Job, Outcome, Params, State, Step, require_kind
+from residency.step import Forecast, Job, ModelFacts, Outcome, Params, State, Step, require_kind
 from residency.trainparams import TrainParams, activation_bytes
 
 
@@ -91,7 +91,7 @@ class Distill(Step):
         require_kind(state, ("causal-lm",), "distill")
         p, teacher = self.params, state.model
         if p.student.base:
-            student = self._other(teacher)
+            student = self._other(teacher, state.others["student"])
         else:
             assert p.student.layers is not None
             if p.student.layers >= teacher.layers:
@@ -113,12 +113,8 @@ class Distill(Step):
         note = f"{teacher.layers} → {student.layers} layers, {teacher.parameters:,} → {student.parameters:,} parameters"
         return Forecast(replace(state, model=student), flops=flops, peak_bytes=peak, notes=(note,))
 
-    def _other(self, teacher: Any) -> Any:
-        """Facts of a student that is another checkpoint; its vocabulary is compared before any weight is loaded."""
-        from residency import bases
-
-        assert self.params.student.base is not None
-        student = bases.resolve(self.params.student.base).facts
+    def _other(self, teacher: ModelFacts, student: ModelFacts) -> ModelFacts:
+        """A student that is another checkpoint; its vocabulary is compared before any weight is loaded."""
         if student.kind != "causal-lm":
             raise PlanError(f"the student `{self.params.student.base}` is a {student.kind}, not a causal-lm")
         if student.tokenizer != teacher.tokenizer or student.vocabulary != teacher.vocabulary:

@@ -59,10 +59,8 @@ class CurateByKShot(Step):
 
     def plan(self, state: State) -> Forecast:
         """See `Step.plan`."""
-        from residency import bases
-
-        encoder = bases.resolve(self.params.encoder).facts if self.params.encoder in _EMBEDDED else None
-        work = (encoder.parameters - encoder.hidden * encoder.vocabulary if encoder else 20_000_000) * 2
+        encoder = state.others["encoder"]
+        work = 2 * (encoder.parameters - encoder.hidden * encoder.vocabulary)
         after = replace(state, rows=state.rows + min(self.params.keep, state.pool_rows))
         notes = (f"{state.pool_rows:,} pool rows → {min(self.params.keep, state.pool_rows):,}",)
         flops = work * (state.pool_rows + state.rows) * min(256, state.tokens_per_row)
@@ -135,9 +133,6 @@ class CurateByKShot(Step):
         )
 
 
-_EMBEDDED = ("all-minilm-l6-v2", "tiny-text-encoder")
-
-
 def _embed(encoder, chunk, batch, advance) -> bytes:
     import numpy as np
 
@@ -199,5 +194,5 @@ def _table(pool, chosen, taken) -> dict:
             [pool[i].line, pool[i].tag or "", pool[i].prompt[:120], round(float(chosen.score[i]), 3), chosen.reasons[i]]
             for i in order[:TABLE_ROWS]
         ],
-        "note": f"Kept rows first, then the dropped ones by similarity; at most {TABLE_ROWS:,} of {len(pool):,}.",
+        "note": f"Kept first, then dropped by similarity; {min(TABLE_ROWS, len(pool)):,} of {len(pool):,} rows.",
     }

@@ -1,5 +1,4 @@
-"""From rows and a model to entries of run.json: which tokens are scored, which wrong answers are drawn, one pass
-for all.
+"""From rows and a model to entries of run.json: one pass over the items for all likelihood metrics.
 
 Choice accuracy needs log p(answer | question) of the right answer and of wrong ones, bits per byte that of the
 right one alone: both are taken from the same forward passes. The context of the unconditional likelihood is the
@@ -59,11 +58,10 @@ def by_likelihood(
     }
     conditional: dict[str, list[float]] = {}
     with (progress or Progress()).task(f"scoring the {label}", len(rows)) as advance:
-        for start in range(0, len(rows), 16):
-            part = [row.id for row in rows[start : start + 16]]
-            scored = answer_logprobs(model, [encoded[i].prompt for i in part], [candidates[i] for i in part])
-            conditional |= {i: [total for total, _ in found] for i, found in zip(part, scored, strict=True)}
-            advance(len(part))
+        prompts = [encoded[row.id].prompt for row in rows]
+        scored = answer_logprobs(model, prompts, [candidates[row.id] for row in rows], advance=advance)
+        for row, found in zip(rows, scored, strict=True):
+            conditional[row.id] = [total for total, _ in found]
     result: dict[str, dict[str, Any]] = {}
     if "choice-accuracy" in metrics:
         alone = _alone(model, tokenizer, rows[0], candidates)

@@ -104,6 +104,7 @@ class Evaluate(Step):
         from residency import bases, rows, tokens
         from residency.compat import fast_bf16
         from residency.evaluate import cost
+        from residency.evaluate.compare import properties
 
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
         dtype = self.params.precision
@@ -118,7 +119,9 @@ class Evaluate(Step):
             metrics.append("bits-per-byte")
         scores = self._score(metrics, model, tokenizer, test, job, "task")
         outcome.extra["task"] = scores[metrics[0]]
-        outcome.extra["extra"] = {name: {k: v for k, v in scores[name].items() if k != "items"} for name in metrics[1:]}
+        outcome.extra["extra"] = {
+            name: {k: v for k, v in scores[name].items() if k != "items"} | properties(name) for name in metrics[1:]
+        }
         if job.guard:
             metric = job.task["guard"]
             guard = rows.read(job.guard).rows

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ class Case:
     """The method's pydantic parameter model, if it has one."""
 
     def check_metadata(self) -> None:
-        """The row names title, reference, arXiv id (or None), recipe step and the user's pain; the module explains itself."""
+        """The row is complete (title, reference, arXiv id or None, recipe step, pain), and the module explains itself."""
         row = self.row
         if row is None:
             return
@@ -221,7 +222,7 @@ class SelectorCase(Case):
             mine = self.select(pool, examples, **params).indices.tolist()
             assert mine == self.reference(pool, examples, **params), f"with {params}"
             found.append(mine)
-        assert all(a != b for a, b in zip(found, found[1:], strict=False)), "a parameter changed nothing"
+        assert all(a != b for a, b in pairwise(found)), "a parameter changed nothing"
 
     def check_shape_of_the_answer(self) -> None:
         """Indices are distinct and in range, every pool row has a reason, every score is finite."""
