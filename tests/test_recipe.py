@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, TINY_RECIPE
+from helpers import ROOT, TINY_RECIPE
 from residency import catalog, recipe
 from residency.errors import RecipeError, ResidencyError
 

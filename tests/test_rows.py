@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import qa, write_jsonl
+from helpers import qa, write_jsonl
 from residency import rows
 from residency.errors import DataError
 

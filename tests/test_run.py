@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, qa, write_jsonl
+from helpers import ROOT, qa, write_jsonl
 from residency import recipe, rows, run, store
 from residency.errors import DataError, PlanError, StoreError
 
@@ -24,7 +24,7 @@ CLI = [sys.executable, "-m", "residency"]
 def finished(tmp_path_factory):
     """The small recipe, run once; tests copy it before they change anything."""
     folder = tmp_path_factory.mktemp("finished")
-    from conftest import TINY_RECIPE
+    from helpers import TINY_RECIPE
 
     data = folder / "data"
     data.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import qa
+from helpers import qa
 from residency import bases, embedded, rows, store, tokens, train
 from residency.adapt.crossentropy import CrossEntropy
 from residency.errors import DataError, ResidencyError

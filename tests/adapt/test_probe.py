@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import write_jsonl
+from helpers import write_jsonl
 from residency import bases, embedded, recipe, run
 from residency.adapt.probe import Probe
 from residency.classifier import ClassHead, Classifier

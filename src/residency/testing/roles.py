@@ -25,7 +25,7 @@ class Case:
     """The method's pydantic parameter model, if it has one."""
 
     def check_metadata(self) -> None:
-        """The row is complete (title, reference, arXiv id or None, recipe step, pain), and the module explains itself."""
+        """The row is complete, its arXiv id is one (or None), and its module explains itself."""
         row = self.row
         if row is None:
             return
