@@ -125,7 +125,7 @@ def run(
     if as_json:
         _say(json.dumps({"run": str(root), "status": record["status"], "computed": record["time"]["computed"]}))
         return
-    from residency.report.facts import outcome_sentence
+    from residency.report.outcome import outcome_sentence
 
     done = record["time"]["computed"]
     _say(outcome_sentence(record))

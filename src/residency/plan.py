@@ -16,7 +16,7 @@ from typing import Any
 from residency import bases, catalog, embedded, sources, store
 from residency.errors import PlanError, RecipeError, ResidencyError
 from residency.recipe import GuardSection, Recipe, StepEntry
-from residency.step import Forecast, State, Step
+from residency.step import Examination, Forecast, State, Step
 
 DATA_FORM = 1
 """Version of how data are read; part of every address that depends on rows."""
@@ -67,7 +67,7 @@ class Plan:
     base: bases.Base
     data: dict[str, sources.Source]
     guard: GuardSection | None
-    exam: Step
+    exam: Examination
     nodes: tuple[Node, ...]
     final: State
     counts: dict[str, int]
@@ -102,6 +102,7 @@ def make(recipe: Recipe) -> Plan:
     data = _sources(recipe, guard)
     exam_entry = _exam_entry(recipe)
     exam = exam_entry.step if exam_entry else _default_exam()
+    assert isinstance(exam, Examination)
 
     counts = {name: source.size() for name, source in data.items()}
     state = State(
@@ -168,7 +169,7 @@ def _params(step: Step) -> dict[str, Any]:
     return step.params.model_dump(mode="json", by_alias=True)
 
 
-def _default_exam() -> Step:
+def _default_exam() -> Examination:
     cls = catalog.load(catalog.step_rows(catalog.EXAM_STEP)[0].object)
     return cls(cls.Params())
 

@@ -321,23 +321,19 @@ class _Run:
 
     def _subject(self, metric: str, name: str) -> dict[str, Any]:
         """What was examined: the metric's properties and the items' texts."""
-        from residency.evaluate.compare import properties
-
         items: dict[str, Any] = {}
         if "00-data" in self.folders:
             for row in rows.read(self.folders["00-data"] / f"{name}.jsonl").rows:
                 items[row.id] = {"prompt": row.prompt, "answer": row.answer}
                 if row.image and row.image.startswith("data:") and len(row.image) < 20_000:
                     items[row.id]["image"] = row.image
-        return {"metric": metric, "items": items} | properties(metric)
+        return {"metric": metric, "items": items} | self.plan.exam.properties(metric)
 
     def _comparisons(self, exams: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Each examination against the base's, and against the one before it when that is another."""
-        from residency.evaluate.compare import compare
-
         metrics = (self.plan.recipe.keys.task.metric, self.plan.guard.metric if self.plan.guard else None)
         pairs = [(a, exams[0]) for a in exams[1:]] + [(a, b) for a, b in zip(exams[2:], exams[1:], strict=False)]
-        return [compare(after, before, *metrics) for after, before in pairs]
+        return [self.plan.exam.compare(after, before, *metrics) for after, before in pairs]
 
 
 # ------------------------------------------------------------------ small pieces

@@ -235,6 +235,18 @@ class Step(ABC):
         """Do it. Write only below `job.out` and `job.scratch`."""
 
 
+class Examination(Step):
+    """The step that scores models; the spine asks it, and nobody else, what scores mean."""
+
+    @abstractmethod
+    def properties(self, metric: str) -> dict[str, Any]:
+        """Unit, direction and chance level of a metric."""
+
+    @abstractmethod
+    def compare(self, after: dict[str, Any], before: dict[str, Any], task: str, guard: str | None) -> dict[str, Any]:
+        """One entry of run.json's `comparisons`, from two entries of its `exams`."""
+
+
 def require_kind(state: State, kinds: tuple[str, ...], step: str) -> None:
     """Refuse a step whose model is of another kind, with what would help."""
     if state.model.kind not in kinds:

@@ -12,7 +12,8 @@ from page import Page, changed
 from sample import HOSTILE, PIXEL, sample_record
 
 from residency.report import html, render_comparison, render_html, render_markdown
-from residency.report.facts import Facts, outcome_sentence
+from residency.report.facts import Facts
+from residency.report.outcome import outcome_sentence
 from residency.report.sections import plainly
 from residency.report.tradeoff import tradeoff
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from residency.errors import PlanError
-from residency.step import Forecast, Job, Outcome, Params, State, Step
+from residency.step import Examination, Forecast, Job, Outcome, Params, State
 
 LIKELIHOOD = ("choice-accuracy", "bits-per-byte")
 GENERATED = ("exact-match", "rouge-l")
@@ -43,7 +43,7 @@ class EvaluateParams(Params):
     """Bootstrap resamples behind every interval."""
 
 
-class Evaluate(Step):
+class Evaluate(Examination):
     """Examine one model: task, guard, cost."""
 
     Params = EvaluateParams
@@ -76,6 +76,18 @@ class Evaluate(Step):
         peak = 4 * state.model.parameters + 4 * 512 * state.model.vocabulary
         return Forecast(state, flops=tokens * state.model.flops_per_token(), seconds=4, peak_bytes=peak)
 
+    def properties(self, metric: str) -> dict[str, Any]:
+        """See `Examination.properties`."""
+        from residency.evaluate.compare import properties
+
+        return properties(metric)
+
+    def compare(self, after: dict[str, Any], before: dict[str, Any], task: str, guard: str | None) -> dict[str, Any]:
+        """See `Examination.compare`."""
+        from residency.evaluate.compare import compare
+
+        return compare(after, before, task, guard)
+
     def run(self, job: Job) -> Outcome:
         """See `Step.run`."""
         from residency import bases
@@ -104,7 +116,6 @@ class Evaluate(Step):
         from residency import bases, rows, tokens
         from residency.compat import fast_bf16
         from residency.evaluate import cost
-        from residency.evaluate.compare import properties
 
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
         dtype = self.params.precision
@@ -120,7 +131,8 @@ class Evaluate(Step):
         scores = self._score(metrics, model, tokenizer, test, job, "task")
         outcome.extra["task"] = scores[metrics[0]]
         outcome.extra["extra"] = {
-            name: {k: v for k, v in scores[name].items() if k != "items"} | properties(name) for name in metrics[1:]
+            name: {k: v for k, v in scores[name].items() if k != "items"} | self.properties(name)
+            for name in metrics[1:]
         }
         if job.guard:
             metric = job.task["guard"]

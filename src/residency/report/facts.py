@@ -100,13 +100,6 @@ class Stage:
         return number(dig(self.exam, "task", "value"))
 
 
-def outcome_sentence(record: dict[str, Any]) -> str:
-    """What a run came to, in one sentence: the first line of the report, and the last of a run."""
-    from residency.report.outcome import sentence
-
-    return sentence(Facts(record))
-
-
 class Facts:
     """Everything derived from one record.
 

@@ -64,6 +64,11 @@ def times(before: Any, after: Any) -> str:
     return f"{factor:.2f}×" if factor < 1 else f"{factor:.1f}×" if factor < 100 else f"{factor:.0f}×"
 
 
+def outcome_sentence(record: dict[str, Any]) -> str:
+    """What a run came to, in one sentence: the first line of the report, and the last of a run."""
+    return sentence(Facts(record))
+
+
 def sentence(facts: Facts) -> str:
     """The outcome in one sentence."""
     base, final = facts.base, facts.final
