@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,16 +27,15 @@ HERE = Path(__file__).parent
 
 def one(recipe: str, seed: int, root: Path) -> dict:
     """Run the recipe with a seed; its record."""
-    text = (HERE.parent / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    file = root / f"{recipe}-{seed}.yaml"
-    file.write_text(text.replace("residency: 1\n", f"residency: 1\nseed: {seed}\n", 1), encoding="utf-8")
-    start = time.monotonic()
+    file = HERE.parent / "recipes" / f"{recipe}.yaml"
+    if seed:
+        text = file.read_text(encoding="utf-8").replace("residency: 1\n", f"residency: 1\nseed: {seed}\n", 1)
+        file = root / f"{recipe}-{seed}.yaml"
+        file.write_text(text, encoding="utf-8")
     subprocess.run(
         [sys.executable, "-m", "residency", "run", str(file), "--out", str(root / f"run-{seed}"), "--quiet"], check=True
     )
-    record = run.load_record(root / f"run-{seed}")
-    record["time"]["wall_seconds"] = round(time.monotonic() - start, 1)
-    return record
+    return run.load_record(root / f"run-{seed}")
 
 
 def row(record: dict, exam: dict) -> dict:
@@ -78,7 +76,7 @@ def precision_of_curation(record: dict) -> dict | None:
 
 def kills(recipe: str, count: int, root: Path, reference: Path) -> dict:
     """Kill the full recipe `count` times; the end must equal the uninterrupted run."""
-    file, out = root / f"{recipe}-0.yaml", root / "killed"
+    file, out = HERE.parent / "recipes" / f"{recipe}.yaml", root / "killed"
     length = json.loads((reference / "run.json").read_text())["time"]["seconds"]
     rng, moments = random.Random(0), []
     command = [sys.executable, "-m", "residency", "run", str(file), "--out", str(out), "--quiet"]
@@ -103,20 +101,8 @@ def kills(recipe: str, count: int, root: Path, reference: Path) -> dict:
     }
 
 
-def main() -> None:
-    """Run, summarise, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "demo.json")
-    given = parser.parse_args()
-    import torch  # noqa: F401  (so that the machine's GPU is named)
-
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        records = [one(given.recipe, seed, root) for seed in range(given.seeds)]
-        survived = kills(given.recipe, given.kills, root, root / "run-0") if given.kills else None
+def write(given: argparse.Namespace, records: list[dict], survived: dict | None) -> None:
+    """Summarise the records into one JSON file."""
     stages = [row(records[0], e)["stage"] for e in records[0]["exams"]]
     tables = [[row(record, exam) for exam in record["exams"]] for record in records]
     result = {
@@ -135,7 +121,7 @@ def main() -> None:
         "seeds": [
             {
                 "seed": record["seed"],
-                "seconds": record["time"]["wall_seconds"],
+                "seconds": record["time"]["seconds"],
                 "peak_memory_bytes": max(
                     [e["measured"]["peak_memory_bytes"] for e in record["exams"]]
                     + [s["measured"]["peak_memory_bytes"] for s in record["steps"]]
@@ -150,6 +136,28 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     store.write_json(given.out, result)
     sys.stdout.write(json.dumps(result["median_over_seeds"], indent=1) + f"\n{given.out}\n")
+
+
+def main() -> None:
+    """Run, summarise, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--have", type=Path, nargs="*", default=[], help="finished run directories, one per first seed")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "demo.json")
+    given = parser.parse_args()
+    import torch  # noqa: F401  (so that the machine's GPU is named)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        records = [run.load_record(folder) for folder in given.have]
+        records += [one(given.recipe, seed, root) for seed in range(len(records), given.seeds)]
+        assert [r["seed"] for r in records] == list(range(given.seeds)), "--have: runs of seeds 0, 1, … in this order"
+        write(given, records, None)
+        reference = given.have[0] if given.have else root / "run-0"
+        if given.kills:
+            write(given, records, kills(given.recipe, given.kills, root, reference))
 
 
 if __name__ == "__main__":
