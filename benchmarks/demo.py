@@ -121,7 +121,7 @@ def write(given: argparse.Namespace, records: list[dict], survived: dict | None)
         "seeds": [
             {
                 "seed": record["seed"],
-                "seconds": record["time"]["seconds"],
+                "seconds": round(sum(x["measured"]["seconds"] for x in [*record["steps"], *record["exams"]]), 1),
                 "peak_memory_bytes": max(
                     [e["measured"]["peak_memory_bytes"] for e in record["exams"]]
                     + [s["measured"]["peak_memory_bytes"] for s in record["steps"]]
