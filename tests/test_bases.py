@@ -110,7 +110,7 @@ def test_remote_code_is_off_unless_asked(tmp_path):
         )
     )
     (folder / "evil.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass\n")
-    with pytest.raises(ValueError, match="trust_remote_code|custom code"):
+    with pytest.raises(DataError, match="trust-remote-code"):
         bases.load_causal_lm(folder)
 
 

@@ -36,7 +36,7 @@ def test_the_three_text_forms_and_classification(tmp_path):
             {"instruction": "Add", "input": "1 2", "output": "3"},
             {"question": "Who?", "answer": "Me."},
             {"text": "nice", "label": "good"},
-            {"image": "x.png", "label": 3},
+            {"image": "data:image/png;base64,AAAA", "label": 3},
         ],
     )
     found = rows.read(file).rows
@@ -254,3 +254,51 @@ def test_memory_stays_flat_while_a_large_file_is_read(tmp_path):
     n, grown_kib = map(int, out.split())
     assert n == 20_000
     assert grown_kib < 60 * 1024
+
+
+def test_lines_and_ids_stay_right_after_lines_the_csv_reader_never_saw(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"instruction,output\nq1,a1\ncaf\xe9,x\nq2,a2\nq3,a3\ncaf\xe9,y\nq4,a4\n")
+    found = list(rows.stream(file))
+    assert [(type(r).__name__, r.line) for r in found] == [
+        ("Row", 2),
+        ("Refused", 3),
+        ("Row", 4),
+        ("Row", 5),
+        ("Refused", 6),
+        ("Row", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    "raw", [{**GOOD, "id": "\ud800"}, {**GOOD, "category": "\ud83d"}, {**GOOD, "choices": ["\udfff"]}, {"\ud800": 1}]
+)
+def test_lone_surrogates_anywhere_are_refused_and_printable(raw):
+    (bad,) = list(rows.stream([raw], name="x"))
+    json.dumps(bad.to_json(), ensure_ascii=False).encode("utf-8")
+
+
+def test_what_a_run_wrote_is_read_back_whole(tmp_path):
+    long = rows.Row("1", (("user", "q"), ("assistant", "x" * 50_000)))
+    rows.write(tmp_path / "a.jsonl", [long, long])
+    assert rows.load(tmp_path / "a.jsonl") == [long, long]
+    (tmp_path / "a.jsonl").write_text('{"id": "1"}\n')
+    with pytest.raises(DataError, match=r"damaged.*|a.jsonl:1"):
+        rows.load(tmp_path / "a.jsonl")
+
+
+def test_images_are_looked_for_beside_the_file_and_nowhere_else(tmp_path):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "pool" / "in.png").write_bytes(b"x")
+    file = write_jsonl(
+        tmp_path / "pool" / "a.jsonl",
+        [{"image": i, "label": "l"} for i in ("in.png", "../secret.png", str(tmp_path / "secret.png"), "none.png")],
+    )
+    found = list(rows.stream(file))
+    assert found[0].image == str(tmp_path / "pool" / "in.png")
+    assert [
+        "leaves the folder" in found[1].reason,
+        "leaves the folder" in found[2].reason,
+        "no image" in found[3].reason,
+    ] == [True] * 3

@@ -362,3 +362,62 @@ def test_no_pickle_in_what_a_run_leaves(finished):
     folder, _ = finished
     suffixes = {p.suffix for p in (folder / "run").rglob("*") if p.is_file()}
     assert not suffixes & {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+
+
+def test_trusted_rows_in_the_pool_do_not_spend_the_budget_and_ids_may_collide(copy):
+    folder, _ = copy
+    pool = folder / "data" / "pool.jsonl"
+    same, other = qa(0), qa(60) | {"id": "permit-1"}
+    pool.write_text("".join(json.dumps(r) + "\n" for r in (same, other)) + pool.read_text())
+    record = again(folder)
+    assert record["steps"][0]["summary"]["kept"] == 12
+    assert record["steps"][1]["summary"]["rows"] == 8 + 12
+    reasons = [json.loads(line)["reason"] for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert reasons == ["the same row as the trusted row permit-0"]
+
+
+def test_long_rows_that_the_recipe_allows_reach_every_step(copy):
+    folder, _ = copy
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text().replace("name: small", "name: small\nmax-chars: 100000"))
+    test = folder / "data" / "test.jsonl"
+    test.write_text(
+        test.read_text()
+        + json.dumps({"id": "long", "instruction": "long?", "output": "y" * 400, "input": "x " * 20_000})
+        + "\n"
+    )
+    data = rows.read(test, max_chars=100_000).rows
+    assert data[-1].id == "long"
+    out = folder / "out"
+    out.mkdir()
+    rows.write(out / "t.jsonl", data)
+    assert rows.load(out / "t.jsonl")[-1].id == "long"
+
+
+def test_examples_that_stand_in_the_guard_are_refused(copy):
+    folder, _ = copy
+    examples = folder / "data" / "examples.jsonl"
+    examples.write_text(examples.read_text() + json.dumps(qa(200, "river") | {"id": "stolen"}) + "\n")
+    assert again(folder)["data"]["examples"]["refused"] == 1
+
+
+def test_a_finished_run_without_its_report_gets_it_back(copy):
+    folder, _ = copy
+    (folder / "run" / "report.html").unlink()
+    assert again(folder)["time"]["computed"] == []
+    assert (folder / "run" / "report.html").exists()
+
+
+def test_an_out_folder_that_is_a_file(copy):
+    folder, _ = copy
+    (folder / "file").write_text("x")
+    with pytest.raises(StoreError, match="cannot be written"):
+        run.execute(recipe.load(folder / "recipe.yaml"), folder / "file")
+
+
+def test_curating_with_an_encoder_that_is_none(copy):
+    folder, _ = copy
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text().replace("tiny-text-encoder", "tiny-image-encoder"))
+    with pytest.raises(PlanError, match="needs a text-encoder"):
+        again(folder)

@@ -70,3 +70,18 @@ def test_preview_covers_all_tokens(tokenizer):
     (shown,) = tokens.preview([item], tokenizer)
     assert sum(trained for _, trained in shown) == len(item.answer)
     assert "".join(text for text, _ in shown) == tokenizer.decode(item.prompt + item.answer)
+
+
+def test_without_a_template_no_turn_is_lost():
+    plain = embedded.byte_tokenizer(None)
+    item = tokens.encode(CHAT, plain)
+    assert plain.decode(item.prompt) == "S\nq1\na1\nq2\n"
+
+
+def test_a_row_that_a_template_refuses_goes_to_quarantine(tokenizer):
+    strict = embedded.byte_tokenizer(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + embedded.CHAT_TEMPLATE
+    )
+    kept, refused = tokens.encode_all([CHAT, Row("b", (("user", "q"), ("assistant", "a")))], strict, 999)
+    assert [k.id for k in kept] == ["b"]
+    assert "no system" in refused[0].reason

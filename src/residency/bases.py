@@ -40,8 +40,8 @@ class Base:
     facts: ModelFacts
 
 
-def resolve(name: str, beside: Path = Path(), where: str | None = None) -> Base:
-    """Find a base by embedded name, folder (relative to `beside`) or hub id.
+def resolve(name: str, beside: Path = Path(), where: str | None = None, *, remote_code: bool = False) -> Base:
+    """Find a base by embedded name, folder (relative to `beside`) or hub id; its code only when `remote_code`.
 
     Raises:
         RecipeError: When nothing is called so; the nearest embedded name is given.
@@ -56,7 +56,7 @@ def resolve(name: str, beside: Path = Path(), where: str | None = None) -> Base:
     if local.is_dir():
         return Base(name, local, fingerprint_of(local), facts(local))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        folder = _from_hub(name)
+        folder = _from_hub(name, remote_code)
         return Base(name, folder, f"hub:{name}@{folder.name}", facts(folder))
     guess = nearest(name, list(embedded.BASES))
     raise RecipeError(
@@ -66,10 +66,10 @@ def resolve(name: str, beside: Path = Path(), where: str | None = None) -> Base:
     )
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if remote_code else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # hub 2.x raises offline, HTTP and cache errors from three hierarchies
@@ -177,7 +177,10 @@ def vocabulary(folder: Path) -> dict[str, int]:
     file = folder / "tokenizer.json"
     if not file.exists():
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"tokenizer.json is damaged: {error}", where=str(file)) from None
     tokens = content.get("model", {}).get("vocab", {})
     if isinstance(tokens, list):  # Unigram: [[token, score], …]
         tokens = {entry[0]: i for i, entry in enumerate(tokens)}
@@ -211,9 +214,16 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, remote_code: bool = Fal
     from residency.compat import quiet_transformers
 
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype or "float32"), trust_remote_code=remote_code
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype or "float32"), trust_remote_code=remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"transformers cannot load this model: {str(error).splitlines()[0]}",
+                where=str(folder),
+                hint="if it needs code of its own and you trust it, say trust-remote-code: true in the recipe",
+            ) from error
     return model.to(device=device).eval()
 
 

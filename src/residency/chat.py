@@ -42,7 +42,7 @@ class Chat:
             return cls(folder, folder.name, max_tokens, pick_device())
         record = load_record(folder)
         if base:
-            found = bases.resolve(record["base"]["name"], folder).folder
+            found = Path(record["machine"]["measured"]["base_folder"])
             return cls(found, record["base"]["name"], max_tokens, pick_device())
         return cls(
             final_model(folder), f"{record['name']} (specialist of {record['base']['name']})", max_tokens, pick_device()

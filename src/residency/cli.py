@@ -77,7 +77,7 @@ def _load(file: Path, tiny: bool = False) -> Any:
     """A recipe by path, or by the name of a shipped one."""
     from residency import recipe
 
-    if not file.exists() and file.suffix == "" and len(file.parts) == 1:
+    if not file.is_file() and file.suffix == "" and len(file.parts) == 1:
         from residency.catalog import nearest
 
         names = [p.stem for p in _recipes().glob("*.yaml")]
@@ -194,11 +194,10 @@ def compare(
     """Put runs side by side."""
     from residency.report import render_comparison
     from residency.run import load_record
-    from residency.store import read_json
 
     if len(runs) < 2:
         raise ResidencyError("comparing needs two runs", hint="residency compare runs/A runs/B")
-    records = [read_json(p) if p.is_file() else load_record(p) for p in runs]
+    records = [load_record(p) for p in runs]
     if as_json:
         keep = ("name", "exams", "comparisons", "seed", "versions")
         _say(json.dumps([{k: r.get(k) for k in keep} for r in records], indent=1))
@@ -210,7 +209,7 @@ def compare(
 def chat(
     folder: Annotated[Path, typer.Argument(help="A run directory, or a model folder.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask one question and leave.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base of the run instead.")] = False,
 ) -> None:
     """Talk to the specialist in the terminal; the answer streams."""

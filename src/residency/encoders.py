@@ -47,7 +47,9 @@ def load(folder: Path, device: str = "cpu") -> Encoder:
 
 def item_of(row: Row) -> Any:
     """What an encoder takes of a row: the image, or the text."""
-    return row.image if row.image is not None else (row.text if row.text is not None else row.prompt)
+    if row.image is None and row.text is None:
+        raise DataError("the row has neither text nor image to classify", where=f"{row.source}:{row.line}")
+    return row.image if row.image is not None else row.text
 
 
 class TextEncoder:
@@ -72,6 +74,8 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, items: Sequence[str], batch: int = 64, progress: Progress | None = None) -> np.ndarray:
         """See `Encoder.encode`."""
+        if strange := next((t for t in items if not isinstance(t, str) or t.startswith("data:image/")), None):
+            raise DataError("a text encoder was given an image", where=str(strange)[:40], hint="use an image base")
         ids = [self.tokenizer(t, truncation=True, max_length=self.max_tokens)["input_ids"] or [0] for t in items]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), self.width), np.float32)
@@ -141,7 +145,7 @@ def decode_image(item: Any, size: int) -> np.ndarray:
         else:
             image = Image.open(item)
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float32)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
         raise DataError(f"the image cannot be read: {error}", where=str(item)[:80]) from None
 
 

@@ -97,7 +97,7 @@ def make(recipe: Recipe) -> Plan:
         RecipeError, DataError, MissingError: When a base or a data source cannot be found.
     """
     keys = recipe.keys
-    base = bases.resolve(keys.base, recipe.folder, recipe.where("base"))
+    base = bases.resolve(keys.base, recipe.folder, recipe.where("base"), remote_code=keys.trust_remote_code)
     guard = _guard(recipe)
     data = _sources(recipe, guard)
     exam_entry = _exam_entry(recipe)
@@ -121,7 +121,7 @@ def make(recipe: Recipe) -> Plan:
 
     def examine(of: str, state: State) -> None:
         address = store.address_of(
-            ["exam", exam.version, _params(exam), state.metrics, ports["model"], data_address, keys.seed]
+            ["exam", exam.version, _params(exam), state.metrics, ports["model"], data_address, keys.seed, keys.device]
         )
         try:
             forecast = exam.plan(state)
@@ -146,7 +146,12 @@ def make(recipe: Recipe) -> Plan:
         address = store.address_of(
             [
                 [entry.name, entry.row.variant, entry.step.version, entry.params, inputs, keys.seed],
-                [keys.max_chars, {name: pool.limit for name, pool in pools.items()}],
+                [
+                    keys.max_chars,
+                    keys.device,
+                    keys.trust_remote_code,
+                    {name: pool.limit for name, pool in pools.items()},
+                ],
             ]
         )
         pool_rows = sum(counts[f"{index}:{name}"][0] for name in pools)

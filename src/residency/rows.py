@@ -142,12 +142,13 @@ def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> 
     Raises:
         DataError: When the source itself cannot be read.
     """
+    folder = Path(source).resolve().parent if isinstance(source, str | Path) else None
     label = name or (Path(source).name if isinstance(source, str | Path) else "rows")
     seen: dict[bytes, int] = {}
     ids: set[str] = set()
     for line, raw in _records(source, label):
         try:
-            row = _row(raw, label, line, max_chars)
+            row = _row(raw, label, line, max_chars, folder)
             first = seen.setdefault(row.key(), line)
             if first != line:
                 raise _BadRowError(f"the same row as line {first}")
@@ -156,7 +157,7 @@ def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> 
             ids.add(row.id)
             yield row
         except _BadRowError as reason:
-            yield Refused(label, line, str(reason), _excerpt(raw))
+            yield Refused(label, line, _printable(str(reason)), _excerpt(raw))
 
 
 def read(source: Any, *, max_chars: int = 32_768, name: str | None = None, limit: int | None = None) -> Reading:
@@ -176,6 +177,21 @@ def read(source: Any, *, max_chars: int = 32_768, name: str | None = None, limit
     if not reading.rows:
         raise no_rows(name or str(source), reading.refused)
     return reading
+
+
+def load(path: Path) -> list[Row]:
+    """Read back a file that `write` made: no limit, nothing refused, the same rows in the same order.
+
+    Raises:
+        DataError: When a line is not what `write` writes.
+    """
+    found = []
+    for line, raw in _jsonl(path):
+        try:
+            found.append(_row(raw, path.name, line, None, None))
+        except _BadRowError as reason:
+            raise DataError(f"this file of the run is damaged: {reason}", where=f"{path}:{line}") from None
+    return found
 
 
 def no_rows(where: str, refused: list[Refused]) -> DataError:
@@ -286,17 +302,23 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(good(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     header: list[str] | None = None
+    skipped = 0  # lines the CSV reader never saw
     while True:
+        problem: csv.Error | None = None
+        cells: list[str] = []
         try:
             cells = next(reader)
         except StopIteration:
             break
         except csv.Error as error:
-            yield reader.line_num + len(bad), _BadRowError(f"broken CSV: {error}")
-            continue
+            problem = error
+        skipped += len(bad)
         yield from bad
-        number = reader.line_num + len(bad)
         bad.clear()
+        number = reader.line_num + skipped
+        if problem is not None:
+            yield number, _BadRowError(f"broken CSV: {problem}")
+            continue
         if header is None:
             header = [c.strip() for c in cells]
             if len(set(header)) != len(header):
@@ -320,7 +342,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise DataError(
             f"the Parquet file is damaged: {str(error).splitlines()[0][:120]}", where=f"{path}:{number + 1}"
         ) from None
@@ -329,7 +351,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 # ------------------------------------------------------------------ one record → one row
 
 
-def _row(raw: Any, label: str, line: int, max_chars: int) -> Row:
+def _row(raw: Any, label: str, line: int, max_chars: int | None, folder: Path | None) -> Row:
     if isinstance(raw, _BadRowError):
         raise raw
     if not isinstance(raw, dict):
@@ -357,7 +379,7 @@ def _row(raw: Any, label: str, line: int, max_chars: int) -> Row:
         turns = (("user", _text(raw, "question")), ("assistant", _text(raw, "answer")))
         row = Row(messages=turns, choices=_choices(raw), **common)
     elif raw.get("label") is not None and raw.get("image") is not None:
-        row = Row(image=_text(raw, "image"), label=_label(raw), **common)
+        row = Row(image=_image(_text(raw, "image"), folder), label=_label(raw), **common)
     elif raw.get("label") is not None:
         row = Row(text=_text(raw, "text"), label=_label(raw), **common)
     elif raw.get("text") is not None or raw.get("image") is not None:
@@ -366,7 +388,10 @@ def _row(raw: Any, label: str, line: int, max_chars: int) -> Row:
         found = ", ".join(f"`{str(k)[:30]}`" for k in list(raw)[:6]) or "nothing"
         raise _BadRowError(f"no question and answer here (fields: {found})")
     size = sum(len(c) for _, c in row.messages) + len(row.text or "")
-    if size > max_chars:
+    for value in (row.id, row.tag or "", row.source, *row.choices):
+        if _printable(value) != value:
+            raise _BadRowError("the id, tag or choices have characters that are not Unicode (lone surrogates)")
+    if max_chars is not None and size > max_chars:
         raise _BadRowError(f"too long: {size:,} characters, at most {max_chars:,}")
     return row
 
@@ -384,6 +409,23 @@ def _text(raw: dict, name: str) -> str:
     except UnicodeEncodeError:
         raise _BadRowError(f"the field `{name}` has characters that are not Unicode (lone surrogates)") from None
     return value
+
+
+def _image(value: str, folder: Path | None) -> str:
+    """A data: URI as it is; a path made absolute. Rows of a file may only name images below the file's folder."""
+    if value.startswith("data:") or folder is None:
+        return value
+    path = (folder / value).resolve()
+    if not path.is_relative_to(folder):
+        raise _BadRowError("the image's path leaves the folder of the file")
+    if not path.is_file():
+        raise _BadRowError(f"there is no image `{value[:80]}` beside the file")
+    return str(path)
+
+
+def _printable(text: str) -> str:
+    """A text that can be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _label(raw: dict) -> str:

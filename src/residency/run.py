@@ -70,6 +70,8 @@ class _Run:
 
     def go(self, report: bool) -> dict[str, Any]:
         if (record := self._already_done()) is not None:
+            if report and not (self.store.root / "report.html").exists():
+                write_report(self.store.root, record)
             return record
         self.store.keep_previous_record(self.recipe_address)
         try:
@@ -86,10 +88,12 @@ class _Run:
             if fault is error:
                 raise
             raise fault from error
-        record = self._write_record("done")
-        if report:
-            write_report(self.store.root, record)
-        return record
+        try:
+            if report:  # before run.json says "done": a finished run has its report
+                write_report(self.store.root, self._record("done", None))
+            return self._write_record("done")
+        except OSError as error:
+            raise store.disk_fault(error, self.store.root) or error from error
 
     def _already_done(self) -> dict[str, Any] | None:
         """The finished record, when every node is whole and run.json is of this very recipe."""
@@ -147,7 +151,8 @@ class _Run:
                 "summary": outcome.summary,
                 "figures": outcome.figures,
                 "quarantine": {"count": len(refused), "sample": refused[:SHOWN_REFUSALS]},
-                "measured": measured,
+                "device": self.device,
+                "measured": measured | {"versions": versions()},
             } | outcome.extra
             store.write_json(out / RECORD, record)
         self.store.discard_scratch(node.label, node.address)
@@ -166,8 +171,8 @@ class _Run:
             source = self.plan.data[name]
             reading = source.read()
             kept = reading.rows
-            if name == "test":
-                asked = {question_key(r): r.id for r in kept}
+            if name != "examples":
+                asked |= {question_key(r): r.id for r in kept}
             if name == "examples":
                 leaks = [r for r in kept if question_key(r) in asked]
                 kept = [r for r in kept if question_key(r) not in asked]
@@ -210,7 +215,7 @@ class _Run:
             progress=self.progress,
             task={"metric": keys.task.metric, "guard": self.plan.guard and self.plan.guard.metric},
             sizes={name: self.plan.counts[planning.key_of(self.plan, node, name)] for name in node.step.sources()},
-            remote_code=keys.trust_remote_code and node.inputs.get("model") == self.plan.base.fingerprint,
+            remote_code=keys.trust_remote_code and not self._foreign(node),
         )
         seed_everything(keys.seed)
         release()
@@ -218,6 +223,11 @@ class _Run:
             outcome = node.step.run(job)
         outcome.measured["peak_memory_bytes"] = memory.bytes
         return outcome, job.quarantine
+
+    def _foreign(self, node: planning.Node) -> bool:
+        """Whether the model at this node descends from another checkpoint than the recipe's base."""
+        before = self.plan.nodes[: self.plan.nodes.index(node)]
+        return any("base:student" in earlier.inputs for earlier in before)
 
     def _port(self, port: str, node: planning.Node) -> Path:
         """The file or folder that holds a port for a node: what the last node before it gave."""
@@ -233,7 +243,7 @@ class _Run:
         asked: dict[str, str] = {}
         for file in ("test.jsonl", "guard.jsonl"):
             if (data / file).exists():
-                asked |= {question_key(r): r.id for r in rows.read(data / file).rows}
+                asked |= {question_key(r): r.id for r in rows.load(data / file)}
         for item in self.plan.data[planning.key_of(self.plan, node, name)].stream():
             if isinstance(item, rows.Refused):
                 refused.append(item)
@@ -292,9 +302,9 @@ class _Run:
                 "address": self.recipe_address,
             },
             "seed": keys.seed,
-            "determinism": "bit-exact on the same machine and library versions when computed on a CPU",
+            "determinism": self._determinism(),
             "versions": versions(),
-            "machine": {"measured": _machine()},
+            "machine": {"measured": _machine() | {"base_folder": str(plan.base.folder.resolve())}},
             "data": data,
             "quarantine": {
                 "count": sum(q["count"] for q in refusals),
@@ -307,6 +317,12 @@ class _Run:
             "exams": exams,
             "comparisons": self._comparisons(exams),
         }
+
+    def _determinism(self) -> str:
+        devices = {r["device"] for r in self.records.values()} - {None}
+        if devices <= {"cpu"}:
+            return "bit-exact on the same machine and library versions: computed on a CPU"
+        return f"same machine, not bit-exact: computed on {', '.join(sorted(devices))}"
 
     def _exam(self, node: planning.Node) -> dict[str, Any]:
         record = self.records[node.label]
@@ -323,7 +339,7 @@ class _Run:
         """What was examined: the metric's properties and the items' texts."""
         items: dict[str, Any] = {}
         if "00-data" in self.folders:
-            for row in rows.read(self.folders["00-data"] / f"{name}.jsonl").rows:
+            for row in rows.load(self.folders["00-data"] / f"{name}.jsonl"):
                 items[row.id] = {"prompt": row.prompt, "answer": row.answer}
                 if row.image and row.image.startswith("data:") and len(row.image) < 20_000:
                     items[row.id]["image"] = row.image
@@ -340,8 +356,9 @@ class _Run:
 
 
 def question_key(row: rows.Row) -> str:
-    """What makes two rows the same question: the prompt without case and spacing, or the image."""
-    return row.image or " ".join(row.prompt.lower().split())
+    """What makes two rows the same question: all said before the answer, case and spacing aside; or the image."""
+    said = "\n".join(content for _, content in row.messages[:-1]) or row.prompt
+    return row.image or " ".join(said.lower().split())
 
 
 def leak(row: rows.Row, asked: dict[str, str]) -> rows.Refused:
@@ -387,12 +404,13 @@ def load_record(root: Path) -> dict[str, Any]:
     Raises:
         StoreError: When there is none, it is damaged, or a newer version wrote it.
     """
-    record = store.read_json(root / "run.json")
+    file = root if root.is_file() else root / "run.json"
+    record = store.read_json(file)
     schema = record.get("schema") if isinstance(record, dict) else None
     if not isinstance(schema, int) or schema > store.SCHEMA:
         raise StoreError(
             f"run.json has schema {schema!r}, this version reads up to {store.SCHEMA}",
-            where=str(root / "run.json"),
+            where=str(file),
             hint="upgrade residency",
         )
     return record

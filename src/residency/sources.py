@@ -96,4 +96,7 @@ def resolve(
         path = beside / path
     if not path.exists():
         raise DataError(f"there is no file `{path}`", where=where, hint="paths are relative to the recipe's folder")
-    return Source(ref, path, bases.fingerprint_of(path), limit, max_chars)
+    try:
+        return Source(ref, path, bases.fingerprint_of(path), limit, max_chars)
+    except OSError as error:
+        raise DataError(f"`{path}` cannot be read: {error.strerror}", where=where) from None

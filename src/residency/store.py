@@ -86,7 +86,7 @@ def disk_fault(error: BaseException, where: Path) -> StoreError | None:
                 where=str(where),
                 hint="free some space, or move the run with --out, and start it again: finished steps are kept",
             )
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             return StoreError(
                 f"this folder cannot be written ({os.strerror(code)})",
                 where=str(getattr(seen, "filename", None) or where),
@@ -259,7 +259,8 @@ class RunStore:
         lock = FileLock(self.root / ".lock", blocking=False)
         holder = self.root / ".holder"
         try:
-            lock.acquire()
+            with disk_errors(self.root):
+                lock.acquire()
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
             raise StoreError(

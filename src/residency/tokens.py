@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from residency.errors import DataError
 from residency.objective import IGNORE
 from residency.rows import Refused, Row
@@ -34,10 +36,15 @@ def encode(row: Row, tokenizer: Any) -> Encoded:
     Raises:
         DataError: When the template does not put the answer after the generation prompt, or the answer has no tokens.
     """
+    if not row.messages:
+        raise DataError("a row to classify has no answer to train a language model on", where=row.id)
     if row.chat and getattr(tokenizer, "chat_template", None):
         turns = [{"role": r, "content": c} for r, c in row.messages]
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this row: {error}", where=row.id) from None
         if not whole.startswith(prompt):
             raise DataError(
                 "the chat template does not continue its own generation prompt, so the answer's tokens cannot be found",
@@ -47,9 +54,9 @@ def encode(row: Row, tokenizer: Any) -> Encoded:
         answer = whole[len(prompt) :].rstrip("\n")
         end: list[int] = []
     else:
-        prompt = row.prompt if row.chat else row.messages[0][1]
-        separator = "\n" if row.chat else ""
-        prompt, answer = prompt + separator, row.answer
+        said = [content for _, content in row.messages[:-1]]
+        prompt = "\n".join(said) + "\n" if row.chat else row.messages[0][1]
+        answer = row.answer
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     trained = tokenizer(answer, add_special_tokens=False)["input_ids"] + end
@@ -64,7 +71,11 @@ def encode_all(rows: Iterable[Row], tokenizer: Any, max_tokens: int) -> tuple[li
     """Encode rows; those with more than `max_tokens` tokens are refused with the count."""
     kept, refused = [], []
     for row in rows:
-        item = encode(row, tokenizer)
+        try:
+            item = encode(row, tokenizer)
+        except DataError as error:
+            refused.append(Refused(row.source, row.line, error.what, row.prompt[:200]))
+            continue
         if len(item) > max_tokens:
             reason = f"too long: {len(item):,} tokens, at most {max_tokens:,}"
             refused.append(Refused(row.source, row.line, reason, row.prompt[:200]))

@@ -119,6 +119,7 @@ def fit(
         average_tokens_across_devices=False,
         optim="adamw_torch",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are accelerate's business, not DataParallel's
     progress = progress or Progress()
     log = TrainLog(precision=precision, tokens=sum(len(item.answer) for item in items))
     with quiet_transformers():

@@ -53,7 +53,7 @@ class TuneLora(Step):
         from residency.lora import merge
 
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
-        items, refused = tokens.encode_all(rows.read(job.rows).rows, tokenizer, self.params.max_tokens)
+        items, refused = tokens.encode_all(rows.load(job.rows), tokenizer, self.params.max_tokens)
         job.quarantine += refused
         model = self.params.attach(bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code))
         log = train.fit(
@@ -122,7 +122,7 @@ class TuneProbe(Step):
         from residency import encoders, rows
 
         encoder = encoders.load(job.model, job.device)
-        examples = [r for r in rows.read(job.rows).rows if r.label is not None]
+        examples = [r for r in rows.load(job.rows) if r.label is not None]
         if not examples:
             raise PlanError("a probe needs rows with labels", hint="rows of text+label or image+label")
         features = encoder.encode([encoders.item_of(r) for r in examples], progress=job.progress)

@@ -117,7 +117,7 @@ class Distill(Step):
         """A student that is another checkpoint; its vocabulary is compared before any weight is loaded."""
         if student.kind != "causal-lm":
             raise PlanError(f"the student `{self.params.student.base}` is a {student.kind}, not a causal-lm")
-        if student.tokenizer != teacher.tokenizer or student.vocabulary != teacher.vocabulary:
+        if not student.tokenizer or student.tokenizer != teacher.tokenizer or student.vocabulary != teacher.vocabulary:
             raise PlanError(
                 f"teacher and student have different vocabularies ({teacher.vocabulary:,} and "
                 f"{student.vocabulary:,} tokens; tokenizers {teacher.tokenizer} and {student.tokenizer})",
@@ -133,7 +133,7 @@ class Distill(Step):
 
         p = self.params
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
-        items, refused = tokens.encode_all(rows.read(job.rows).rows, tokenizer, p.max_tokens)
+        items, refused = tokens.encode_all(rows.load(job.rows), tokenizer, p.max_tokens)
         job.quarantine += refused
         teacher = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code)
         student, facts, figures = self._student(teacher, items, tokenizer, job)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from residency.curate.simdiv import SimDiv
-from residency.errors import DataError
+from residency.errors import DataError, PlanError
 from residency.step import Forecast, Job, Outcome, State, Step
+
+if TYPE_CHECKING:
+    from residency.rows import Refused, Row
 
 MAP_POINTS = 5_000
 TABLE_ROWS = 2_000
@@ -57,9 +62,26 @@ class CurateByKShot(Step):
             self.params.model_copy(update={"keep": 8, "near_duplicates": 1.0, "encoder": "tiny-text-encoder"})
         )
 
+    def _fresh(self, pool: Iterator[Row], examples: list[Row], refused: list[Refused]) -> Iterator[Row]:
+        """Pool rows that are not trusted rows themselves, with ids that no trusted row has."""
+        from residency.rows import Refused
+
+        known, ids = {row.key(): row.id for row in examples}, {row.id for row in examples}
+        for row in pool:
+            if (key := row.key()) in known:
+                reason = f"the same row as the trusted row {known[key]}"
+                refused.append(Refused(row.source, row.line, reason, row.prompt[:200]))
+            else:
+                yield replace(row, id=f"pool:{row.id}") if row.id in ids else row
+
     def plan(self, state: State) -> Forecast:
         """See `Step.plan`."""
         encoder = state.others["encoder"]
+        if encoder.kind != "text-encoder":
+            raise PlanError(
+                f"curating needs a text-encoder, and `{self.params.encoder}` is a {encoder.kind}",
+                hint="encoder: all-minilm-l6-v2, or a sentence encoder of your own",
+            )
         work = 2 * (encoder.parameters - encoder.hidden * encoder.vocabulary)
         after = replace(state, rows=state.rows + min(self.params.keep, state.pool_rows))
         notes = (f"{state.pool_rows:,} pool rows → {min(self.params.keep, state.pool_rows):,}",)
@@ -73,7 +95,7 @@ class CurateByKShot(Step):
         from residency import encoders, rows
 
         p = self.params
-        examples = rows.read(job.rows).rows
+        examples = rows.load(job.rows)
         encoder = encoders.load(job.base(p.encoder), job.device)
         trusted = encoder.encode([r.content for r in examples], batch=p.batch)
 
@@ -82,7 +104,7 @@ class CurateByKShot(Step):
         with (job.scratch / "embeddings.f16").open("wb") as file:
             chunk: list[rows.Row] = []
             with job.progress.task("embedding the pool", job.sizes.get("pool", 0)) as advance:
-                for row in job.stream("pool"):
+                for row in self._fresh(job.stream("pool"), examples, job.quarantine):
                     chunk.append(row)
                     if len(chunk) == 2048:
                         file.write(_embed(encoder, chunk, p.batch, advance))
@@ -98,7 +120,8 @@ class CurateByKShot(Step):
 
         wanted = {kept_rows[i].id: n for n, i in enumerate(chosen.indices)}
         picked: list[rows.Row | None] = [None] * len(wanted)
-        for row in _again(job):  # a second pass fetches the texts of the chosen
+        # a second pass fetches the texts of the chosen, without writing its refusals to quarantine twice
+        for row in self._fresh(job.read("pool", []), examples, []):
             if row.id in wanted:
                 picked[wanted[row.id]] = row
         rows.write(job.out / "rows.jsonl", [*examples, *(r for r in picked if r is not None)])
@@ -145,11 +168,6 @@ def _light(row):
     """A row without its full text: what the map and the table show."""
     turns = tuple((role, content[:160]) for role, content in row.messages)
     return replace(row, messages=turns, text=row.text[:160] if row.text else None, image=None, choices=())
-
-
-def _again(job: Job):
-    """The pool once more, without writing its refusals to quarantine twice."""
-    return job.read("pool", [])
 
 
 def _map(pool, vectors, trusted, examples, chosen, taken, seed: int) -> dict:

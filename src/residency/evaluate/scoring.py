@@ -64,10 +64,10 @@ def by_likelihood(
             conditional[row.id] = [total for total, _ in found]
     result: dict[str, dict[str, Any]] = {}
     if "choice-accuracy" in metrics:
-        alone = _alone(model, tokenizer, rows[0], candidates)
+        alone = _alone(model, tokenizer, rows, candidates)
         choice = ChoiceAccuracy()
         for row in rows:
-            base = [alone[tuple(answer)] for answer in candidates[row.id]]
+            base = [alone[_context(row, tokenizer), tuple(answer)] for answer in candidates[row.id]]
             choice.update(row.id, texts[row.id], conditional[row.id], base)
         result["choice-accuracy"] = entry(choice.compute(resamples, seed))
     if "bits-per-byte" in metrics:
@@ -142,10 +142,23 @@ def _answer(row: Row, text: str, tokenizer: Any) -> tuple[int, ...]:
     return tokens.encode(replace(row, messages=(*row.messages[:-1], ("assistant", text))), tokenizer).answer
 
 
-def _alone(model: Any, tokenizer: Any, row: Row, candidates: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """Log-probability, given an empty question, of every distinct candidate, each computed once."""
-    distinct = list(dict.fromkeys(tuple(answer) for found in candidates.values() for answer in found))
-    empty = replace(row, messages=(("user", ""), ("assistant", "x")))
-    prompt = tokens.encode(empty, tokenizer).prompt
-    scored = answer_logprobs(model, [prompt], [distinct])[0]
-    return {answer: total for answer, (total, _) in zip(distinct, scored, strict=True)}
+def _context(row: Row, tokenizer: Any) -> tuple[int, ...]:
+    """The row's prompt with its last question left empty: system turn, history and template stay."""
+    last = max(i for i, (role, _) in enumerate(row.messages) if role == "user")
+    turns = [(role, "" if i == last else content) for i, (role, content) in enumerate(row.messages)]
+    return tokens.encode(replace(row, messages=tuple(turns)), tokenizer).prompt
+
+
+def _alone(
+    model: Any, tokenizer: Any, rows: Sequence[Row], candidates: dict[str, Any]
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """Log-probability, given an empty question, of every distinct candidate in every distinct context, each once."""
+    wanted: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for row in rows:
+        wanted.setdefault(_context(row, tokenizer), {}).update((tuple(a), None) for a in candidates[row.id])
+    scored = answer_logprobs(model, list(wanted), [list(answers) for answers in wanted.values()])
+    return {
+        (context, answer): total
+        for (context, answers), found in zip(wanted.items(), scored, strict=True)
+        for answer, (total, _) in zip(answers, found, strict=True)
+    }

@@ -80,7 +80,8 @@ class Evaluate(Examination):
         """See `Examination.properties`."""
         from residency.evaluate.compare import properties
 
-        return properties(metric)
+        chance = {"chance": round(1 / self.params.choices, 4)} if metric == "choice-accuracy" else {}
+        return properties(metric) | chance
 
     def compare(self, after: dict[str, Any], before: dict[str, Any], task: str, guard: str | None) -> dict[str, Any]:
         """See `Examination.compare`."""
@@ -123,7 +124,7 @@ class Evaluate(Examination):
             dtype = "bfloat16" if fast_bf16(job.device) else "float32"
         model = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code, dtype=dtype)
         outcome.extra["cost"]["precision"] = dtype
-        test = rows.read(job.test).rows
+        test = rows.load(job.test)
         metrics = [job.task["metric"]]
         # bits per byte costs nothing beside choice accuracy and says how well the answers themselves are known
         if job.task["metric"] == "choice-accuracy":
@@ -136,7 +137,7 @@ class Evaluate(Examination):
         }
         if job.guard:
             metric = job.task["guard"]
-            guard = rows.read(job.guard).rows
+            guard = rows.load(job.guard)
             outcome.extra["guard"] = self._score([metric], model, tokenizer, guard, job, "guard")[metric]
         if self.params.speed:
             prompt = tokens.encode(test[0], tokenizer).prompt
@@ -189,7 +190,7 @@ class Evaluate(Examination):
             if file is None:
                 continue
             metric = job.task["metric" if name == "task" else "guard"]
-            held = rows.read(Path(file)).rows
+            held = rows.load(Path(file))
             predictions = list(classifier.predict([item_of(r) for r in held], progress=job.progress))
             outcome.extra[name] = scoring.of_predictions(
                 metric, held, predictions, resamples=self.params.resamples, seed=job.seed
