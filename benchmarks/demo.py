@@ -123,8 +123,8 @@ def write(given: argparse.Namespace, records: list[dict], survived: dict | None)
                 "seed": record["seed"],
                 "seconds": round(sum(x["measured"]["seconds"] for x in [*record["steps"], *record["exams"]]), 1),
                 "peak_memory_bytes": max(
-                    [e["measured"]["peak_memory_bytes"] for e in record["exams"]]
-                    + [s["measured"]["peak_memory_bytes"] for s in record["steps"]]
+                    node["measured"].get("process_peak_bytes", node["measured"]["peak_memory_bytes"])
+                    for node in [*record["exams"], *record["steps"]]
                 ),
                 "curation": precision_of_curation(record),
                 "stages": table,

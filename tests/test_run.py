@@ -68,7 +68,7 @@ def test_the_record_tells_the_whole_story(finished):
         assert exam["guard"]["n"] == 6
         assert exam["cost"]["parameters"] > 0
         assert exam["measured"]["tokens_per_second"] > 0
-        assert exam["measured"]["peak_memory_bytes"] > 1 << 20
+        assert exam["measured"]["process_peak_bytes"] > exam["measured"]["peak_memory_bytes"] >= 0
     base, tuned, student = record["exams"]
     assert student["cost"]["parameters"] < tuned["cost"]["parameters"] == base["cost"]["parameters"]
     assert student["cost"]["kv_bytes_per_token"] < base["cost"]["kv_bytes_per_token"]

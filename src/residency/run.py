@@ -221,7 +221,10 @@ class _Run:
         release()
         with PeakMemory() as memory:
             outcome = node.step.run(job)
-        outcome.measured["peak_memory_bytes"] = memory.bytes
+        # a step's peak is the process's; an examination's is what it adds, or it would count what earlier steps left behind
+        examined = node.of is not None
+        outcome.measured["peak_memory_bytes"] = memory.rise if examined else memory.bytes
+        outcome.measured["process_peak_bytes"] = memory.bytes
         return outcome, job.quarantine
 
     def _foreign(self, node: planning.Node) -> bool:
