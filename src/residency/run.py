@@ -89,9 +89,10 @@ class _Run:
                 raise
             raise fault from error
         try:
+            record = self._record("done", None)
             if report:  # before run.json says "done": a finished run has its report
-                write_report(self.store.root, self._record("done", None))
-            return self._write_record("done")
+                write_report(self.store.root, record)
+            return self._write_record("done", record=record)
         except OSError as error:
             raise store.disk_fault(error, self.store.root) or error from error
 
@@ -221,7 +222,7 @@ class _Run:
         release()
         with PeakMemory() as memory:
             outcome = node.step.run(job)
-        # a step's peak is the process's; an examination's is what it adds, or it would count what earlier steps left behind
+        # a step's peak is the process's; an examination's is what it adds to what earlier steps left behind
         examined = node.of is not None
         outcome.measured["peak_memory_bytes"] = memory.rise if examined else memory.bytes
         outcome.measured["process_peak_bytes"] = memory.bytes
@@ -257,8 +258,10 @@ class _Run:
 
     # -------------------------------------------------------------- the record
 
-    def _write_record(self, status: str, error: str | None = None) -> dict[str, Any]:
-        record = self._record(status, error)
+    def _write_record(
+        self, status: str, error: str | None = None, record: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        record = record or self._record(status, error)
         store.write_json(self.store.record_file, record)
         lines = [json.dumps({"node": i, **r}, ensure_ascii=False) for i, r in self._quarantine()]
         if lines or self.store.quarantine_file.exists():
