@@ -214,7 +214,11 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_goes_on(copy):
     folder, record = copy
     shutil.rmtree(folder / "run")
     process = subprocess.Popen(
-        [*CLI, "run", str(folder / "recipe.yaml"), "--out", str(folder / "run")], stderr=subprocess.PIPE, text=True
+        [*CLI, "run", str(folder / "recipe.yaml"), "--out", str(folder / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background job of a shell starts with SIGINT ignored, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stderr:
         if line.startswith("02-tune: tune"):
