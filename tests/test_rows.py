@@ -275,6 +275,7 @@ def test_lines_and_ids_stay_right_after_lines_the_csv_reader_never_saw(tmp_path)
 )
 def test_lone_surrogates_anywhere_are_refused_and_printable(raw):
     (bad,) = list(rows.stream([raw], name="x"))
+    assert isinstance(bad, rows.Refused)
     json.dumps(bad.to_json(), ensure_ascii=False).encode("utf-8")
 
 
