@@ -20,7 +20,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from residency import measure, run, store
+from residency import measure, run, stats, store
 
 HERE = Path(__file__).parent
 
@@ -74,6 +74,21 @@ def precision_of_curation(record: dict) -> dict | None:
     return None
 
 
+def pooled(records: list[dict]) -> list[dict]:
+    """Each stage against the base, a question's score averaged over the seeds (each draws other wrong answers)."""
+    ids = [item["id"] for item in records[0]["exams"][0]["task"]["items"]]
+    means = []
+    for i in range(len(records[0]["exams"])):
+        scores = [{x["id"]: x["score"] for x in record["exams"][i]["task"]["items"]} for record in records]
+        means.append({item: statistics.mean(s[item] for s in scores) for item in ids})
+    rows = []
+    for exam, after in zip(records[0]["exams"][1:], means[1:], strict=True):
+        found = stats.paired_difference(means[0], after)
+        brief = ("difference", "low", "high", "n")
+        rows.append({"stage": exam["label"], **{k: round(getattr(found, k), 4) for k in brief}})
+    return rows
+
+
 def kills(recipe: str, count: int, root: Path, reference: Path) -> dict:
     """Kill the full recipe `count` times; the end must equal the uninterrupted run."""
     file, out = HERE.parent / "recipes" / f"{recipe}.yaml", root / "killed"
@@ -118,6 +133,7 @@ def write(given: argparse.Namespace, records: list[dict], survived: dict | None)
             }
             for i, stage in enumerate(stages)
         ],
+        "against_base_averaged_over_seeds": pooled(records),
         "seeds": [
             {
                 "seed": record["seed"],

@@ -6,7 +6,8 @@ import pytest
 
 from residency import catalog
 from residency.testing import case_of, check_method, checks_of
-from residency.testing.cases import KLCase, KShotCase
+from residency.testing.cases.curate import KShotCase
+from residency.testing.cases.losses import KLCase
 
 ALL = [
     pytest.param(row.name, check, id=f"{row.name}-{check.removeprefix('check_')}")

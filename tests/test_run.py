@@ -250,13 +250,13 @@ def test_a_full_disk_in_the_middle_of_a_step(copy, monkeypatch):
     shutil.rmtree(folder / "run")
     from residency import bases
 
-    good = bases.save_causal_lm
+    good = bases.save
 
     def full(*args, **kwargs):
         good(*args, **kwargs)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bases, "save_causal_lm", full)
+    monkeypatch.setattr(bases, "save", full)
     with pytest.raises(StoreError, match="no space left"):
         again(folder)
     failed = run.load_record(folder / "run")

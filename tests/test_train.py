@@ -7,7 +7,7 @@ import torch
 
 from helpers import qa
 from residency import bases, embedded, rows, store, tokens, train
-from residency.adapt.crossentropy import CrossEntropy
+from residency.crossentropy import CrossEntropy
 from residency.errors import DataError, ResidencyError
 from residency.objective import IGNORE, Objective
 from residency.progress import Progress
@@ -229,3 +229,55 @@ def test_labels_cover_answers_only(tiny):
         assert trained.sum() == len(item.answer)
         assert tuple(batch["input_ids"][i][trained].tolist()) == item.answer
         assert not trained[: len(item.prompt)].any()
+
+
+class _Weighted(CrossEntropy):
+    """Cross-entropy with a trained factor, a count of steps as a buffer, and a schedule."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("seen", torch.zeros(()))
+        self.told = []
+
+    def begin_step(self, step, steps):
+        self.told.append((step, steps))
+        self.seen += 1
+
+    def forward(self, outputs, batch):
+        total, count = super().forward(outputs, batch)
+        return total * self.factor, count
+
+
+def _fit_weighted(tiny, scratch, progress=None, **changed):
+    folder, tokenizer, items = tiny
+    model, objective = bases.load_causal_lm(folder), _Weighted()
+    params = TrainParams(batch=2, accumulate=2, max_steps=5, checkpoint_seconds=0, **EXACT)
+    try:
+        train.fit(
+            model, objective, items, params, pad=tokenizer.pad_token_id, scratch=scratch, progress=progress, **changed
+        )
+    except _Stop:
+        return None
+    return weights(model), objective
+
+
+def test_an_objectives_own_parameters_and_buffers_are_trained_told_the_step_and_resumed(tiny, tmp_path):
+    whole, objective = _fit_weighted(tiny, tmp_path / "whole")
+    assert objective.told == [(i, 5) for i in range(5)]
+    assert float(objective.factor) != 1.0
+    assert _fit_weighted(tiny, tmp_path / "cut", _StopAt(3)) is None
+    again, resumed = _fit_weighted(tiny, tmp_path / "cut")
+    assert resumed.told[0][0] in (2, 3)
+    assert torch.equal(resumed.factor, objective.factor)
+    assert torch.equal(resumed.seen, objective.seen)
+    assert all(torch.equal(again[n], whole[n]) for n in whole)
+
+
+def test_learning_rates_by_name(tiny, tmp_path):
+    folder, _, _ = tiny
+    before = weights(bases.load_causal_lm(folder))
+    still, frozen = _fit_weighted(tiny, tmp_path / "a", learning_rates={"objective.": 0.0, "mlp": 0.0})
+    assert float(frozen.factor) == 1.0
+    for name, tensor in still.items():
+        assert torch.equal(tensor, before[name]) == ("mlp" in name), name

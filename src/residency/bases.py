@@ -133,8 +133,14 @@ def facts(folder: Path, license: str | None = None) -> ModelFacts:
         hidden=hidden,
         vocabulary=int(text.get("vocab_size") or 0),
         kv_bytes_per_token=2 * layers * groups * head_dim * element if kind == "causal-lm" else 0,
+        heads=heads,
+        kv_heads=groups,
+        head_dim=head_dim,
+        ffn=int(text.get("intermediate_size") or 0),
+        activation=str(text.get("hidden_act") or text.get("hidden_activation") or ""),
         max_tokens=int(text.get("max_position_embeddings") or 0),
         tokenizer=tokenizer_fingerprint(folder),
+        tokenizer_folder=str(folder),
         license=license,
         exportable=_exportable(config),
     )
@@ -145,6 +151,8 @@ def _kind(config: dict[str, Any], architecture: str) -> Kind:
         return config["residency_kind"]
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
     return "text-encoder"
 
 
@@ -227,6 +235,34 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, remote_code: bool = Fal
     return model.to(device=device).eval()
 
 
+def load_classifier(folder: Path, device: str = "cpu", *, remote_code: bool = False, **config: Any) -> Any:
+    """Load a sequence classifier, or an encoder under a new head, in float32 and evaluation mode.
+
+    Args:
+        folder: Standard form.
+        device: "cpu", "cuda" or "mps".
+        remote_code: Only when the recipe says so for this base.
+        config: Settings of a new head: `num_labels`, `id2label`, `label2id`, `problem_type`. Its weights are drawn from
+            torch's global random state.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from residency.compat import quiet_transformers
+
+    with quiet_transformers():
+        try:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=remote_code, **config
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"transformers cannot put a classification head on this model: {str(error).splitlines()[0]}",
+                where=str(folder),
+            ) from error
+    return model.to(device=device).eval()
+
+
 def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
     """Load a folder's tokenizer; a missing pad token becomes the end-of-text token."""
     from transformers import AutoTokenizer
@@ -240,7 +276,7 @@ def load_tokenizer(folder: Path, *, remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def save_causal_lm(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
     """Save a model in standard form and in the base's precision, with its tokenizer.
 
     Args:

@@ -1,7 +1,10 @@
-"""A frozen encoder with a linear head on top, as one folder: what a probe is saved as, and how it predicts.
+"""Classifiers as folders: a frozen encoder with a fitted head, or a fine-tuned transformers checkpoint.
 
-The folder holds the encoder's own files, `probe.safetensors` (weight [C, D], bias [C], mean and deviation [D]) and
-a config that names the classes.
+A probe's folder holds the encoder's own files, `probe.safetensors` (weight [C, D], bias [C], mean and deviation [D])
+and a config that names the classes. A fine-tuned classifier is an ordinary `AutoModelForSequenceClassification`
+checkpoint: `config.id2label` names its classes, and one output without classes is a regression.
+
+    for label in load(folder).predict(texts): ...
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,6 +93,20 @@ class ClassHead(nn.Module):
         return cls(said["classes"], weight, bias, mean, deviation, said["unit"])
 
 
+class Predictor(Protocol):
+    """What an examination needs of a classifier."""
+
+    def predict(self, items: Sequence[Any], batch: int = 64, progress: Progress | None = None) -> Iterator[str]:
+        """The likeliest class of each item, or the predicted number as text."""
+        ...
+
+
+def load(folder: Path, device: str = "cpu") -> Predictor:
+    """Load a folder of either kind."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Classifier(folder, device) if "residency_probe" in config else FineTuned(folder, device)
+
+
 class Classifier:
     """Encoder and head together: items in, labels out.
 
@@ -109,3 +126,41 @@ class Classifier:
                 part = items[start : start + batch]
                 yield from self.head.predict(self.encoder.encode(part, batch))
                 advance(len(part))
+
+
+class FineTuned:
+    """A fine-tuned sequence classifier: texts in, labels out.
+
+    Args:
+        folder: A checkpoint that `AutoModelForSequenceClassification` reads.
+        device: Where it computes.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        from residency import bases
+
+        self.model = bases.load_classifier(folder, device)
+        self.tokenizer = bases.load_tokenizer(folder)
+        self.regression = is_regression(self.model.config)
+        self.max_tokens = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def predict(self, items: Sequence[str], batch: int = 64, progress: Progress | None = None) -> Iterator[str]:
+        """The likeliest class of each text, or the predicted number, in the order given."""
+        with (progress or Progress()).task("classifying", len(items)) as advance:
+            for start in range(0, len(items), batch):
+                texts = list(items[start : start + batch])
+                given = self.tokenizer(
+                    texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                )
+                logits = self.model(**given.to(self.model.device)).logits.float()
+                if self.regression:
+                    yield from (f"{value:.6g}" for value in logits[:, 0].tolist())
+                else:
+                    yield from (self.model.config.id2label[i] for i in logits.argmax(-1).tolist())
+                advance(len(texts))
+
+
+def is_regression(config: Any) -> bool:
+    """Whether a sequence classifier's config says that it predicts a number."""
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)

@@ -170,6 +170,20 @@ def top_k_logits(hidden: Tensor, head: Head, k: int, *, chunk_bytes: int | None 
 
 
 @torch.no_grad()
+def log_sum_exp(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None) -> Tensor:
+    """Logarithm of Σ_v exp(logit_v) per token, [N], a few rows of logits at a time. No gradient."""
+    _check(hidden, head)
+    sums = hidden.new_empty(len(hidden), dtype=_precision(hidden, head.weight))
+
+    def row_loss(logits: Tensor, rows: slice, differentiate: bool) -> Tensor:
+        sums[rows] = logits.logsumexp(1)
+        return logits.new_zeros(())
+
+    fused_sum(hidden, head, row_loss, chunk_bytes=chunk_bytes)
+    return sums
+
+
+@torch.no_grad()
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of [N, V] logits per row: what `top_k_logits` finds, from logits that exist.
 

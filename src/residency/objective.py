@@ -53,10 +53,15 @@ class Outputs:
 class Objective(nn.Module):
     """A loss that returns (sum, count).
 
-    `wants` tells the training loop which form of `Outputs` to produce: "logits" or "hidden".
+    `wants` tells the training loop which form of `Outputs` to produce: "logits" or "hidden". Parameters of the
+    objective itself (a projection, masks) are trained along with the model, and its whole `state_dict` is part of
+    every checkpoint, so that a resumed training finds queues and prototypes as they were.
     """
 
     wants: ClassVar[Literal["logits", "hidden"]] = "logits"
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Prepare optimiser step `step`, counted from 0, of `steps`; schedules live here."""
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the summed loss (scalar, with gradient) and the number of items it sums over (scalar)."""

@@ -288,7 +288,7 @@ class _Run:
             if node.label in self.records:
                 data |= self.records[node.label].get("sources", {})
         refusals = [r["quarantine"] for r in self.records.values()]
-        facts = dict(vars(plan.base.facts))
+        facts = {k: v for k, v in vars(plan.base.facts).items() if k != "tokenizer_folder"}  # a path of this machine
         return {
             "schema": store.SCHEMA,
             "name": keys.name,

@@ -55,8 +55,14 @@ class ModelFacts:
     hidden: int = 0
     vocabulary: int = 0
     kv_bytes_per_token: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    ffn: int = 0
+    activation: str = ""
     max_tokens: int = 0
     tokenizer: str = ""
+    tokenizer_folder: str = ""
     license: str | None = None
     exportable: dict[str, str | None] = field(default_factory=dict)
 
@@ -76,6 +82,27 @@ class ModelFacts:
             parameters=parameters,
             bytes_on_disk=int(self.bytes_on_disk * parameters / max(1, self.parameters)),
             kv_bytes_per_token=self.kv_bytes_per_token * layers // self.layers,
+        )
+
+    def with_width(self, hidden: int, heads: int, kv_heads: int, ffn: int) -> ModelFacts:
+        """The facts of a decoder in the llama layout after cutting (or merging) it to these sizes."""
+        if not (self.layers and self.hidden and self.heads and self.kv_heads and self.ffn):
+            return self
+
+        def blocks(hidden: int, heads: int, kv_heads: int, ffn: int) -> int:
+            return self.layers * hidden * (2 * (heads + kv_heads) * self.head_dim + 3 * ffn)
+
+        rest = self.parameters - blocks(self.hidden, self.heads, self.kv_heads, self.ffn)
+        parameters = int(rest * hidden / self.hidden) + blocks(hidden, heads, kv_heads, ffn)
+        return replace(
+            self,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            ffn=ffn,
+            parameters=parameters,
+            bytes_on_disk=int(self.bytes_on_disk * parameters / max(1, self.parameters)),
+            kv_bytes_per_token=self.kv_bytes_per_token * kv_heads // self.kv_heads,
         )
 
 

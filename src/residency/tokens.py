@@ -7,6 +7,7 @@ Prompt and answer are tokenised apart, as they are at inference, so that the bou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,11 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
-def encode(row: Row, tokenizer: Any) -> Encoded:
-    """Render and tokenise one row.
+def rendered(row: Row, tokenizer: Any) -> tuple[str, str, list[int]]:
+    """The text before the answer, the answer with what the template puts behind it, and ids that end the sequence.
 
     Raises:
-        DataError: When the template does not put the answer after the generation prompt, or the answer has no tokens.
+        DataError: When the template does not put the answer after the generation prompt.
     """
     if not row.messages:
         raise DataError("a row to classify has no answer to train a language model on", where=row.id)
@@ -51,13 +52,19 @@ def encode(row: Row, tokenizer: Any) -> Encoded:
                 where=row.id,
                 hint="give rows as prompt/completion, or repair the tokenizer's chat template",
             )
-        answer = whole[len(prompt) :].rstrip("\n")
-        end: list[int] = []
-    else:
-        said = [content for _, content in row.messages[:-1]]
-        prompt = "\n".join(said) + "\n" if row.chat else row.messages[0][1]
-        answer = row.answer
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        return prompt, whole[len(prompt) :].rstrip("\n"), []
+    said = [content for _, content in row.messages[:-1]]
+    prompt = "\n".join(said) + "\n" if row.chat else row.messages[0][1]
+    return prompt, row.answer, [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+
+def encode(row: Row, tokenizer: Any) -> Encoded:
+    """Render and tokenise one row.
+
+    Raises:
+        DataError: When the template does not put the answer after the generation prompt, or the answer has no tokens.
+    """
+    prompt, answer, end = rendered(row, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     trained = tokenizer(answer, add_special_tokens=False)["input_ids"] + end
     if not ids and tokenizer.bos_token_id is not None:
@@ -97,6 +104,61 @@ def collate(items: Sequence[Encoded], pad: int) -> dict[str, Any]:
         ids[i, :n] = torch.tensor(item.prompt + item.answer)
         mask[i, :n] = 1
         labels[i, len(item.prompt) : n] = torch.tensor(item.answer)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One text as token ids, and what is to be predicted of it: a class index, or a number."""
+
+    id: str
+    tokens: tuple[int, ...]
+    label: int | float
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def encode_labelled(
+    rows: Iterable[Row], tokenizer: Any, classes: Sequence[str] | None, max_tokens: int
+) -> tuple[list[Labelled], list[Refused]]:
+    """Encode rows of text and label for a classification head.
+
+    Args:
+        rows: Those without a text are refused.
+        tokenizer: Adds its own special tokens.
+        classes: Class names, whose positions are the labels; None reads every label as a number (regression).
+        max_tokens: Longer texts are cut here, as encoders do; nothing of the label is lost by it.
+    """
+    kept, refused = [], []
+    for row in rows:
+        label: int | float
+        try:
+            if row.text is None or row.label is None:
+                raise ValueError("the row has no text with a label")
+            label = float(row.label) if classes is None else classes.index(row.label)
+            if not math.isfinite(label):
+                raise ValueError(f"the label {row.label!r} is not a finite number")
+        except ValueError as error:
+            refused.append(Refused(row.source, row.line, str(error), (row.text or "")[:200]))
+            continue
+        ids = tokenizer(row.text, truncation=True, max_length=max_tokens)["input_ids"]
+        kept.append(Labelled(row.id, tuple(ids), label))
+    return kept, refused
+
+
+def collate_labelled(items: Sequence[Labelled], pad: int) -> dict[str, Any]:
+    """Right-padded input_ids and attention_mask [B, T]; labels [B], long for classes and float32 for numbers."""
+    import torch
+
+    width = max(len(item) for item in items)
+    ids = torch.full((len(items), width), pad)
+    mask = torch.zeros((len(items), width), dtype=torch.long)
+    for i, item in enumerate(items):
+        ids[i, : len(item)] = torch.tensor(item.tokens)
+        mask[i, : len(item)] = 1
+    numbers = any(isinstance(item.label, float) for item in items)
+    labels = torch.tensor([item.label for item in items], dtype=torch.float32 if numbers else torch.long)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

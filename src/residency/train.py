@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,8 +30,13 @@ from residency.compat import fast_bf16, quiet_transformers
 from residency.errors import DataError, ResidencyError
 from residency.objective import Head, Objective, Outputs
 from residency.progress import Progress
-from residency.tokens import Encoded, collate
+from residency.tokens import collate
 from residency.trainparams import TrainParams
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+"""Entries of a batch that are the model's; the others are the objective's."""
+OBJECTIVE_FILE = "objective.safetensors"
+"""What a checkpoint holds beside the model: the objective's parameters and buffers."""
 
 
 @dataclass
@@ -56,7 +63,7 @@ class TrainLog:
 def fit(
     model: nn.Module,
     objective: Objective,
-    items: Sequence[Encoded],
+    items: Sequence[Any],
     params: TrainParams,
     *,
     pad: int,
@@ -65,13 +72,15 @@ def fit(
     device: str = "cpu",
     progress: Progress | None = None,
     label: str = "training",
+    collator: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    learning_rates: Mapping[str, float] | None = None,
 ) -> TrainLog:
     """Train `model` in place.
 
     Args:
         model: A `PreTrainedModel` or `PeftModel`; only parameters that require a gradient are trained.
-        objective: The loss. Its own parameters, if it has any, are not trained.
-        items: Encoded rows; each has at least one trained token.
+        objective: The loss. Those of its own parameters that require a gradient are trained too.
+        items: Encoded rows, each with at least one trained token; with a `collator`, anything that has a length.
         params: Optimiser settings.
         pad: Token id of the padding.
         scratch: Folder for checkpoints; what is whole there is resumed from. Remove it to start afresh.
@@ -79,6 +88,8 @@ def fit(
         device: "cpu", "cuda" or "mps".
         progress: Where progress goes.
         label: What progress lines call it.
+        collator: Makes a batch of items; by default the right-padded `input_ids`, `attention_mask`, `labels`.
+        learning_rates: Part of a parameter's name → factor on the learning rate; the first that occurs in it counts.
 
     Returns:
         The log of losses.
@@ -89,7 +100,9 @@ def fit(
     """
     if not items:
         raise DataError("there are no rows to train on", hint="check quarantine.jsonl for the reasons")
-    if empty := [item.id for item in items if not item.answer]:
+    collator = collator or partial(collate, pad=pad)
+    counts = [objective.count(collator([item])) for item in items]
+    if empty := [getattr(item, "id", f"row {i}") for i, item in enumerate(items) if not counts[i]]:
         raise DataError(f"{len(empty)} rows train no token", where=empty[0], hint="every row needs an answer")
     precision = params.precision
     if precision == "auto":
@@ -121,21 +134,22 @@ def fit(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are accelerate's business, not DataParallel's
     progress = progress or Progress()
-    log = TrainLog(precision=precision, tokens=sum(len(item.answer) for item in items))
+    log = TrainLog(precision=precision, tokens=sum(counts))
     with quiet_transformers():
         trainer = _ObjectiveTrainer(
             objective,
+            learning_rates or {},
             model=model,
             args=arguments,
             train_dataset=list(items),
-            data_collator=lambda batch: collate(batch, pad),
+            data_collator=collator,
         )
         checkpoint = _newest_whole(scratch / "checkpoints", progress)
         log.resumed_from = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
         trainer.remove_callback(
             next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)
         )
-        watcher = _Watcher(progress, label, params.checkpoint_seconds, log.resumed_from or 0)
+        watcher = _Watcher(objective, progress, label, params.checkpoint_seconds, log.resumed_from or 0)
         trainer.add_callback(watcher)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -201,10 +215,43 @@ class _ObjectiveTrainer(Trainer):
     loss_is_scaled_for_ga = True
     objective: Objective
 
-    def __init__(self, objective: Objective, **arguments: Any) -> None:
+    def __init__(self, objective: Objective, learning_rates: Mapping[str, float], **arguments: Any) -> None:
         super().__init__(**arguments)
         self.objective = objective.to(self.args.device)
+        self.learning_rates = learning_rates
         self._head_checked = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the parameters of model and objective, in groups of one weight decay and one learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            own = ((f"objective.{name}", p) for name, p in self.objective.named_parameters())
+            for name, parameter in (*model.named_parameters(), *own):
+                if parameter.requires_grad:
+                    decay = self.args.weight_decay if name in decayed else 0.0
+                    factor = next((f for part, f in self.learning_rates.items() if part in name), 1.0)
+                    groups.setdefault((decay, factor), []).append(parameter)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate = settings.pop("lr")
+            self.optimizer = kind(
+                [{"params": p, "weight_decay": d, "lr": f * rate} for (d, f), p in groups.items()], lr=rate, **settings
+            )
+        return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}
+        if state:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_file(state, folder / OBJECTIVE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / OBJECTIVE_FILE
+        if file.exists():
+            self.objective.load_state_dict(load_file(file, device=str(self.args.device)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -237,10 +284,12 @@ class _ObjectiveTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> Outputs:
-        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        given = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         if self.objective.wants == "logits":
+            if self.accelerator.unwrap_model(model).get_output_embeddings() is not None:
+                given["use_cache"] = False
             return Outputs(logits=model(**given).logits)
-        result = model(**given, output_hidden_states=True, logits_to_keep=1)
+        result = model(**given, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         embedding: Any = self.accelerator.unwrap_model(model).get_output_embeddings()
         head = Head(embedding.weight, getattr(embedding, "bias", None))
         hidden = result.hidden_states[-1]
@@ -275,7 +324,8 @@ def check_head(head: Head, hidden: Tensor, logits: Tensor) -> None:
 class _Watcher(TrainerCallback):
     """Progress, checkpoints by time, and their seals."""
 
-    def __init__(self, progress: Progress, label: str, every: float, start: int) -> None:
+    def __init__(self, objective: Objective, progress: Progress, label: str, every: float, start: int) -> None:
+        self.objective = objective
         self.progress, self.label, self.every, self.start = progress, label, every, start
         self.last_save = time.monotonic()
         self.context: Any = None
@@ -288,6 +338,10 @@ class _Watcher(TrainerCallback):
         if self.start:
             self.progress.say(f"  {self.label}: going on from step {self.start} of {state.max_steps}")
             self.advance(self.start)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.objective.zero_grad()  # the Trainer clears the model's gradients, and no others
+        self.objective.begin_step(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:

@@ -63,7 +63,7 @@ def test_official_implementation(k, temperature, teacher_led, student_led):
         "both": teacher_led + student_led,
     }
     for directions, value in expected.items():
-        total, count = bild(student, teacher, BiLDParams(k, temperature, directions))
+        total, count = bild(student, teacher, BiLDParams(k=k, temperature=temperature, directions=directions))
         assert total.item() == pytest.approx(value, rel=1e-12)
         assert count.item() == 6
 
@@ -72,7 +72,7 @@ def test_official_implementation(k, temperature, teacher_led, student_led):
 @pytest.mark.parametrize(("k", "temperature"), [(3, 1.0), (8, 3.0), (V, 2.0)])
 def test_brute_force(k, temperature, directions):
     student, teacher = draw(N, V, seed=1), draw(N, V, seed=2)
-    total, _ = bild(student, teacher, BiLDParams(k, temperature, directions))
+    total, _ = bild(student, teacher, BiLDParams(k=k, temperature=temperature, directions=directions))
     expected = brute_force(student, teacher, k, temperature, directions)
     assert total.item() == pytest.approx(expected, rel=1e-12)
 
@@ -85,7 +85,7 @@ def test_closed_form_for_three_words():
     p = [e / (e + e**2 + e**3), e**3 / (e + e**2 + e**3), e**2 / (e + e**2 + e**3)]  # 12, 13, 23
     q = [e**2 / (e**2 + e + 1 / e), e / (e**2 + e + 1 / e), e**-1 / (e**2 + e + 1 / e)]
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    total, _ = bild(student, teacher, BiLDParams(3, 1.0, "teacher"))
+    total, _ = bild(student, teacher, BiLDParams(k=3, temperature=1.0, directions="teacher"))
     assert total.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -246,3 +246,6 @@ def test_module_speaks_both_forms():
     assert_close(loss(head(hidden), teacher_head(teacher_hidden)), dense)
     assert not list(loss.parameters())
     assert "k=5" in repr(loss)
+    ignored = torch.zeros(len(hidden), dtype=torch.long)
+    assert_close(loss.dense(head(hidden), teacher_head(teacher_hidden), ignored), dense)
+    assert_close(loss.fused(hidden, head, teacher_hidden, teacher_head, ignored), dense)

@@ -30,7 +30,7 @@ def problem(dtype=torch.float64, n=N):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_torch_kl_div(temperature, scaled):
     student, teacher = draw(N, V, seed=1).requires_grad_(), draw(N, V, seed=2)
-    total, count = kl(student, teacher, KLParams(temperature, scaled))
+    total, count = kl(student, teacher, KLParams(temperature=temperature, scale_by_t2=scaled))
     reference = F.kl_div(
         (student / temperature).log_softmax(1),
         (teacher / temperature).softmax(1),
@@ -54,12 +54,14 @@ def test_high_temperature_limit_matches_logits():
     student, teacher = draw(N, V, seed=1), draw(N, V, seed=2)
     student, teacher = student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True)
     student.requires_grad_()
-    (gradient,) = torch.autograd.grad(kl(student, teacher, KLParams(1e4))[0], student)
+    (gradient,) = torch.autograd.grad(kl(student, teacher, KLParams(temperature=1e4))[0], student)
     assert_close(gradient, (student - teacher).detach() / V, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("params", [KLParams(), KLParams(3.0), KLParams(3.0, scale_by_t2=False)])
+@pytest.mark.parametrize(
+    "params", [KLParams(), KLParams(temperature=3.0), KLParams(temperature=3.0, scale_by_t2=False)]
+)
 def test_fused_equals_dense(chunk, params):
     student, teacher_hidden, teacher_head = problem()
     head = Head(*student[1:])
@@ -89,7 +91,9 @@ def test_fused_in_lower_precision(dtype, rtol, chunk):
 def test_gradcheck():
     student, teacher_hidden, teacher_head = problem(n=3)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: kl_fused(h, Head(w, b), teacher_hidden, teacher_head, KLParams(2.0), chunk_bytes=400)[0],
+        lambda h, w, b: kl_fused(
+            h, Head(w, b), teacher_hidden, teacher_head, KLParams(temperature=2.0), chunk_bytes=400
+        )[0],
         student,
     )
 
@@ -151,7 +155,7 @@ def test_empty():
 def test_bad_arguments_are_refused():
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature"):
-            KLParams(temperature)
+            KLParams(temperature=temperature)
     with pytest.raises(ValueError, match="one vocabulary"):
         kl(draw(N, V), draw(N, V - 1))
     student, teacher_hidden, teacher_head = problem()
@@ -161,8 +165,11 @@ def test_bad_arguments_are_refused():
 
 def test_module_speaks_both_forms():
     student, teacher_hidden, teacher_head = problem()
-    loss, head = KL(KLParams(2.0)), Head(*student[1:])
+    loss, head = KL(KLParams(temperature=2.0)), Head(*student[1:])
     dense = loss.dense(head(student[0]), teacher_head(teacher_hidden))
     assert_close(loss.fused(student[0], head, teacher_hidden, teacher_head), dense)
     assert_close(loss(head(student[0]), teacher_head(teacher_hidden)), dense)
     assert "temperature=2.0" in repr(loss)
+    ignored = torch.zeros(N, dtype=torch.long)
+    assert_close(loss.dense(head(student[0]), teacher_head(teacher_hidden), ignored), dense)
+    assert_close(loss.fused(student[0], head, teacher_hidden, teacher_head, ignored), dense)

@@ -1,8 +1,11 @@
-"""Recipe steps of the adapt stage: `tune: {method: lora}` and `tune: {method: probe}`."""
+"""Recipe steps of the adapt stage: `tune: {method: lora}`, `tune: {method: classify}` and `tune: {method: probe}`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
 
 from residency.adapt.probe import Probe
 from residency.errors import PlanError
@@ -49,7 +52,7 @@ class TuneLora(Step):
     def run(self, job: Job) -> Outcome:
         """See `Step.run`."""
         from residency import bases, rows, tokens, train
-        from residency.adapt.crossentropy import CrossEntropy
+        from residency.crossentropy import CrossEntropy
         from residency.lora import merge
 
         tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
@@ -71,7 +74,7 @@ class TuneLora(Step):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         probe = tokens.collate(items[:2], tokenizer.pad_token_id)["input_ids"].to(job.device)
         plain, drift = merge(model, probe)
-        bases.save_causal_lm(plain, tokenizer, job.out / "model", bases.saved_dtype(job.model))
+        bases.save(plain, tokenizer, job.out / "model", bases.saved_dtype(job.model))
         return Outcome(
             gives={"model": "model"},
             summary={
@@ -85,6 +88,107 @@ class TuneLora(Step):
                 "precision": log.precision,
             },
             figures=[train.loss_figure(log, "nats per answer token")],
+        )
+
+
+class ClassifyParams(TrainParams):
+    """Keys of `tune: {method: classify}`."""
+
+    problem: Literal["classes", "regression"] = "classes"
+    """Whether labels name classes or are numbers."""
+    learning_rate: float = Field(5e-5, gt=0, le=1)
+    """Peak learning rate of AdamW; a cosine to zero after the warm-up. BERT's authors suggest 2e-5 to 5e-5."""
+    max_tokens: int = Field(128, ge=8)
+    """Longer texts are cut here."""
+
+
+class TuneClassify(Step):
+    """Fine-tune a whole text encoder under a classification or regression head; save a standard checkpoint."""
+
+    Params = ClassifyParams
+    params: ClassifyParams
+    gives = frozenset({"model"})
+
+    @property
+    def method(self) -> str:
+        """See `Step.method`."""
+        return "label-loss"
+
+    @property
+    def title(self) -> str:
+        """See `Step.title`."""
+        return "tune · regression" if self.params.problem == "regression" else "tune · classifier"
+
+    def tiny(self) -> TuneClassify:
+        """See `Step.tiny`."""
+        return TuneClassify(self.params.model_copy(update={"max_steps": 4, "batch": 4}))
+
+    def plan(self, state: State) -> Forecast:
+        """See `Step.plan`."""
+        require_kind(state, ("text-encoder",), "tune: {method: classify}")
+        wanted = ("pearson",) if self.params.problem == "regression" else ("macro-f1", "exact-match")
+        if not set(wanted) & set(state.metrics[:1]):
+            raise PlanError(
+                f"problem: {self.params.problem} cannot be scored by `{state.metrics[0]}`",
+                hint=f"use metric: {wanted[0]}",
+            )
+        p, model = self.params, replace(state.model, kind="classifier")
+        rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
+        tokens = min(state.tokens_per_row, p.max_tokens)
+        peak = 16 * model.parameters + activation_bytes(state, p.batch)
+        flops = 3 * model.flops_per_token() * rows * tokens
+        return Forecast(replace(state, model=model), flops=flops, peak_bytes=peak, notes=(f"{rows:,.0f} rows",))
+
+    def run(self, job: Job) -> Outcome:
+        """See `Step.run`."""
+        import torch
+
+        from residency import bases, rows, tokens, train
+        from residency.labelloss import LabelLoss
+
+        p = self.params
+        tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
+        found = rows.load(job.rows)
+        classes = None if p.problem == "regression" else sorted({r.label for r in found if r.label is not None})
+        if classes is not None and len(classes) < 2:
+            raise PlanError(
+                f"a classifier needs rows of at least two classes, found {len(classes)}", hint="rows of text + label"
+            )
+        items, refused = tokens.encode_labelled(found, tokenizer, classes, p.max_tokens)
+        job.quarantine += refused
+        head: dict[str, Any] = (
+            {"num_labels": 1, "problem_type": "regression"}
+            if classes is None
+            else {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+        )
+        torch.manual_seed(job.seed)  # of the new head
+        model = bases.load_classifier(job.model, job.device, remote_code=job.remote_code, **head)
+        log = train.fit(
+            model,
+            LabelLoss(),
+            items,
+            p,
+            pad=tokenizer.pad_token_id,
+            scratch=job.scratch,
+            seed=job.seed,
+            device=job.device,
+            progress=job.progress,
+            label="tuning",
+            collator=lambda batch: tokens.collate_labelled(batch, tokenizer.pad_token_id),
+        )
+        bases.save(model, tokenizer, job.out / "model", "float32")
+        return Outcome(
+            gives={"model": "model"},
+            summary={
+                "rows": len(items),
+                "refused": len(refused),
+                "classes": len(classes) if classes else "a number",
+                "optimiser_steps": log.steps,
+                "loss_first": round(log.loss[0], 4),
+                "loss_last": round(log.loss[-1], 4),
+                "precision": log.precision,
+            },
+            figures=[train.loss_figure(log, "squared error per row" if classes is None else "nats per row")],
         )
 
 

@@ -23,7 +23,7 @@ the prompt tokens and no cross-entropy; here that is for the caller to combine (
 
 Cost. A token costs O(k²) beside its logits. Dense: both [N, V] logit matrices, and a third in
 backward. Fused: both heads once, streamed; backward touches only the 2k selected rows of the head per
-token instead of two more products of size [N, V] × D, so it is also faster (`benchmarks/bild.py`).
+token instead of two more products of size [N, V] × D, so it is also faster (`benchmarks/losses.py`).
 
 Paper: Li, Zhou, Song, "BiLD: Bi-directional Logits Difference Loss for Large Language Model
 Distillation", COLING 2025, arXiv 2406.13555. Official code: github.com/fpcsong/BiLD, commit c8d40a8
@@ -32,42 +32,41 @@ Distillation", COLING 2025, arXiv 2406.13555. Official code: github.com/fpcsong/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from residency.compress.divergence import Divergence, check_logits
 from residency.fusedhead import check_pair, selected_logits, top_k, top_k_logits
 from residency.objective import Head
+from residency.step import Params
 
 
-@dataclass(frozen=True)
-class BiLDParams:
-    """What BiLD can be told. Defaults are the paper's (its scripts and section on set-up).
-
-    Args:
-        k: Words selected per token and direction, 3 ≤ k ≤ V. More words raise the overlap of the two
-            rankings further; the paper calls 8 the knee of its cost.
-        temperature: Divisor of the logits, > 0. Low values did much worse in the paper's ablation.
-        directions: Who selects the words. "teacher" needs the teacher at words it chose itself, so k
-            cached logits per token are enough for it; "student" and "both" need a live teacher.
-    """
+class BiLDParams(Params):
+    """What BiLD can be told. Defaults are the paper's (its scripts and section on set-up)."""
 
     k: int = 8
-    temperature: float = 3.0
+    """Words selected per token and direction, 3 ≤ k ≤ V. More words raise the overlap of the two rankings further; the
+    paper calls 8 the knee of its cost.
+    """
+    temperature: float = Field(3.0, gt=0)
+    """Divisor of the logits. Low values did much worse in the paper's ablation."""
     directions: Literal["both", "teacher", "student"] = "both"
+    """Who selects the words. "teacher" needs the teacher at words it chose itself, so k cached logits per token are
+    enough for it; "student" and "both" need a live teacher.
+    """
 
-    def __post_init__(self) -> None:
-        if self.k < 3:
+    @field_validator("k")
+    @classmethod
+    def _three_words(cls, k: int) -> int:
+        if k < 3:
             raise ValueError(
-                f"k must be at least 3, got {self.k}: k = 2 leaves a single pair, whose softmax is 1 "
+                f"k must be at least 3, got {k}: k = 2 leaves a single pair, whose softmax is 1 "
                 "for every student, so the loss and its gradient would be identically zero"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if self.directions not in ("both", "teacher", "student"):
-            raise ValueError(f"directions must be 'both', 'teacher' or 'student', got {self.directions!r}")
+        return k
 
 
 PAPER = BiLDParams()
@@ -85,11 +84,7 @@ def bild(student_logits: Tensor, teacher_logits: Tensor, params: BiLDParams = PA
         The sum over tokens (scalar float32 or float64) and N. Finite for finite selected logits,
         however large; a −inf is harmless while neither model selects its word. N = 0 gives (0, 0).
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher logits must both be [N, V], got {[*student_logits.shape]} and "
-            f"{[*teacher_logits.shape]}; BiLD compares word by word and needs one vocabulary"
-        )
+    check_logits(student_logits, teacher_logits, None)
     teacher_logits = teacher_logits.detach()
     indices = []
     if params.directions != "student":
@@ -136,7 +131,7 @@ def bild_fused(
     return _differences(student, teacher, params)
 
 
-class BiLD(nn.Module):
+class BiLD(Divergence):
     """BiLD in both forms, with its parameters.
 
     Inputs: logits, or hidden states and heads, of teacher and student at the trained tokens, selected
@@ -151,12 +146,13 @@ class BiLD(nn.Module):
         >>> (total / count).backward()
     """
 
-    def __init__(self, params: BiLDParams = PAPER) -> None:
-        super().__init__()
-        self.params = params
+    Params = BiLDParams
+    params: BiLDParams
 
-    def dense(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See `bild`: [N, V] and [N, V] → (sum, count)."""
+    def dense(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `bild`: [N, V] and [N, V] → (sum, count); `targets` are not read."""
         return bild(student_logits, teacher_logits, self.params)
 
     def fused(
@@ -165,24 +161,14 @@ class BiLD(nn.Module):
         student_head: Head,
         teacher_hidden: Tensor,
         teacher_head: Head,
+        targets: Tensor | None = None,
         *,
         chunk_bytes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `bild_fused`: [N, Ds], a head, [N, Dt], a head → (sum, count)."""
+        """See `bild_fused`: [N, Ds], a head, [N, Dt], a head → (sum, count); `targets` are not read."""
         return bild_fused(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            self.params,
-            chunk_bytes=chunk_bytes,
+            student_hidden, student_head, teacher_hidden, teacher_head, self.params, chunk_bytes=chunk_bytes
         )
-
-    forward = dense
-
-    def extra_repr(self) -> str:
-        """The parameters, for `print(model)`."""
-        return repr(self.params)
 
 
 def _differences(student: Tensor, teacher: Tensor, params: BiLDParams) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,11 @@ Forward = Callable[..., Any]
 
 
 def decoder(model: PreTrainedModel) -> tuple[Any, nn.ModuleList]:
-    """The decoder without its head, and its list of layers.
+    """The backbone without its head, and its list of layers: a decoder's, or those of a BERT-like encoder.
 
     Raises:
-        PlanError: For what is not a transformers model, or has no list `.layers` or `.h` of all its layers.
+        PlanError: For what is not a transformers model, or has no list `.layers`, `.h` or `.encoder.layer` of all its
+            layers.
     """
     if not isinstance(model, PreTrainedModel):
         raise PlanError(
@@ -38,13 +39,13 @@ def decoder(model: PreTrainedModel) -> tuple[Any, nn.ModuleList]:
             hint="merge adapters first: model = peft_model.merge_and_unload()",
         )
     backbone = model.base_model
-    for name in ("layers", "h"):
-        layers = getattr(backbone, name, None)
+    encoder = getattr(backbone, "encoder", None)
+    for layers in (getattr(backbone, "layers", None), getattr(backbone, "h", None), getattr(encoder, "layer", None)):
         if isinstance(layers, nn.ModuleList) and len(layers) == getattr(backbone.config, "num_hidden_layers", None):
             return backbone, layers
     raise PlanError(
-        f"no list of decoder layers in {type(model).__name__}: neither `.layers` nor `.h` in its backbone",
-        hint="supported are decoder-only language models such as llama, qwen, mistral, gemma, phi and gpt2",
+        f"no list of layers in {type(model).__name__}: neither `.layers` nor `.h` nor `.encoder.layer` in its backbone",
+        hint="supported are decoders such as llama, qwen, mistral, gemma, phi and gpt2, and encoders such as bert",
     )
 
 
@@ -95,7 +96,7 @@ def passing(model: PreTrainedModel) -> Callable[..., Any]:
     handle = layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output))
     try:
         with torch.no_grad():
-            backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+            backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     finally:
         handle.remove()
     in_tuple = isinstance(outputs[0], tuple)
@@ -105,6 +106,11 @@ def passing(model: PreTrainedModel) -> Callable[..., Any]:
         return (hidden,) if in_tuple else hidden
 
     return forward
+
+
+def uncached(model: PreTrainedModel) -> dict[str, bool]:
+    """The argument that keeps a language model from filling a cache nobody reads; encoders do not know it."""
+    return {"use_cache": False} if model.get_output_embeddings() is not None else {}
 
 
 def hidden_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:

@@ -1,10 +1,14 @@
-"""A token-level distillation loss as an `Objective`: the teacher runs beside the student, both LM heads stay fused.
+"""Distillation as an `Objective`: a student learns from a teacher that runs beside it, or from what it said once.
 
-For every trained position the last hidden states of student [N, Ds] and teacher [N, Dt] are gathered first (prompt
-and padding never meet a head), and the loss works on hidden states and heads. With `label_weight` w > 0 the
-cross-entropy of the reference answers is added:
+Language models. For every trained position the last hidden states of student [N, Ds] and teacher [N, Dt] are gathered
+first (prompt and padding never meet a head), and the loss works on hidden states and heads. With `label_weight` w > 0
+the cross-entropy of the reference answers is added:
 
     loss sum = Σ_t ℓ(student_t, teacher_t) + w · Σ_t −log p_student(y_t)
+
+Classifiers and regressors. The same on the heads' outputs [B, C], where w weighs the loss of the labels. A regressor
+has one output and no distribution, so the teacher's number itself is imitated: (z_student − z_teacher)², as in SinKD's
+setting of GLUE's similarity task.
 
 The teacher is frozen, in evaluation mode, and no part of the objective's state: it is neither trained nor saved.
 """
@@ -14,32 +18,49 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from residency.compress.bild import BiLD
+from residency.compress.kl import KL
+from residency.compress.teacher import CachedTeacher, LiveTeacher, bild_of_top_k, first_words, kl_of_top_k
 from residency.errors import PlanError
 from residency.fusedhead import cross_entropy_sum
+from residency.labelloss import label_loss
 from residency.objective import Head, Objective, Outputs, next_token_positions
 
 
-class FusedLoss(Protocol):
-    """What `BiLD` and `KL` offer."""
+class PairLoss(Protocol):
+    """What every distillation loss offers (see `divergence.Divergence`)."""
+
+    def dense(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum, count) of logits [N, V]."""
+        ...
 
     def fused(
-        self, student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head
+        self,
+        student_hidden: Tensor,
+        student_head: Head,
+        teacher_hidden: Tensor,
+        teacher_head: Head,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(sum, count) over N tokens."""
         ...
 
 
 class Distillation(Objective):
-    """Teach a student to answer like its teacher.
+    """Teach a student language model to answer like its teacher.
 
-    Inputs: `input_ids`, `attention_mask`, `labels` [B, T]; outputs.hidden and outputs.head of the student.
+    Inputs: `input_ids`, `attention_mask`, `labels` [B, T], and `ids` for a cached teacher; outputs.hidden and
+    outputs.head of the student.
 
     Args:
-        loss: A loss with a fused form.
-        teacher: A causal language model with the student's vocabulary.
+        loss: A loss with a fused form; from a top-k cache, KL at temperature 1 or teacher-led BiLD.
+        teacher: Live or cached; a bare model is taken as live.
         label_weight: w, the weight of the cross-entropy on the reference answers; the BiLD paper uses none.
+        vocabulary: Compare only the first so many words, where one vocabulary extends or pads the other.
 
     Raises:
         PlanError: From `forward`, when the vocabularies have different sizes.
@@ -47,47 +68,103 @@ class Distillation(Objective):
 
     wants = "hidden"
 
-    def __init__(self, loss: FusedLoss, teacher: nn.Module, label_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        loss: PairLoss,
+        teacher: Any,
+        label_weight: float = 0.0,
+        vocabulary: int | None = None,
+    ) -> None:
         super().__init__()
-        self.loss, self.label_weight = loss, label_weight
+        self.loss, self.label_weight, self.vocabulary = loss, label_weight, vocabulary
+        known = isinstance(teacher, LiveTeacher | CachedTeacher)
         # a list keeps the teacher out of parameters() and state_dict()
-        self._teacher = [teacher.requires_grad_(False).eval()]
-        self._checked = False
+        self._teacher: list[Any] = [teacher if known else LiveTeacher(teacher, vocabulary)]
+        if self._from_top_k:
+            check_top_k_loss(loss)
+
+    @property
+    def _from_top_k(self) -> bool:
+        teacher = self._teacher[0]
+        return isinstance(teacher, CachedTeacher) and teacher.what == "top-k"
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, trained tokens)."""
         assert outputs.hidden is not None
         assert outputs.head is not None
         mask, targets = next_token_positions(batch["labels"])
-        hidden, head = self._teach(batch)
-        if head.weight.shape[0] != outputs.head.weight.shape[0]:
-            raise PlanError(
-                f"the teacher has {head.weight.shape[0]:,} tokens and the student {outputs.head.weight.shape[0]:,}",
-                hint="token-level distillation needs one vocabulary",
-            )
-        student = outputs.hidden[mask]
-        total, count = self.loss.fused(student, outputs.head, hidden[mask], head)
+        student, head = outputs.hidden[mask], first_words(outputs.head, self.vocabulary)
+        if self._from_top_k:
+            said = self._teacher[0].top_k(batch, mask)
+            if isinstance(self.loss, BiLD):
+                total = bild_of_top_k(student, head, said, self.loss.params)
+            else:
+                total = kl_of_top_k(student, head, said)
+        else:
+            teacher, teacher_head = self._teacher[0].hidden(batch, mask), self._teacher[0].head
+            if len(teacher_head.weight) != len(head.weight):
+                raise PlanError(
+                    f"the teacher has {len(teacher_head.weight):,} tokens and the student {len(head.weight):,}",
+                    hint="word-by-word distillation needs one vocabulary; loss: uld does not",
+                )
+            total, _ = self.loss.fused(student, head, teacher, teacher_head, targets)
         if self.label_weight:
-            total = total + self.label_weight * cross_entropy_sum(student, outputs.head, targets)
-        return total, count
+            total = total + self.label_weight * cross_entropy_sum(student, head, targets)
+        return total, mask.sum()
 
-    @torch.no_grad()
-    def _teach(self, batch: dict[str, Any]) -> tuple[Tensor, Head]:
-        """Last hidden states [B, T, Dt] and head of the teacher."""
-        teacher: Any = self._teacher[0]
-        result = teacher(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        )
-        embedding = teacher.get_output_embeddings()
-        head = Head(embedding.weight, getattr(embedding, "bias", None))
-        hidden = result.hidden_states[-1]
-        if not self._checked:
-            from residency.train import check_head
 
-            check_head(head, hidden, result.logits)
-            self._checked = True
-        return hidden, head
+def check_top_k_loss(loss: Any) -> None:
+    """Refuse a loss that a top-k cache cannot serve.
+
+    Raises:
+        PlanError: With what it lacks.
+    """
+    if isinstance(loss, BiLD) and loss.params.directions == "teacher":
+        return
+    if isinstance(loss, KL) and loss.params.temperature == 1:
+        return
+    raise PlanError(
+        f"a top-k cache of the teacher cannot serve {loss!r}",
+        hint="it serves kl at temperature 1 and bild with directions: teacher; a cache of hidden states serves all",
+    )
+
+
+class HeadDistillation(Objective):
+    """Teach a student classifier or regressor to answer like its teacher.
+
+    Inputs: what the encoder reads, `labels` [B]; outputs.logits [B, C] of the student.
+
+    Args:
+        loss: A loss with a dense form on [B, C]; not used for one output.
+        teacher: A sequence classifier with the student's classes, in the same order.
+        label_weight: w, the weight of the loss of the labels.
+    """
+
+    wants = "logits"
+
+    def __init__(self, loss: PairLoss, teacher: Any, label_weight: float = 0.0) -> None:
+        super().__init__()
+        self.loss, self.label_weight = loss, label_weight
+        self._teacher = [teacher.requires_grad_(False).eval()]
+
+    def count(self, batch: dict[str, Any]) -> int:
+        """One item per row."""
+        return len(batch["labels"])
+
+    def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return (loss sum, rows)."""
+        from residency.train import MODEL_INPUTS
+
+        assert outputs.logits is not None
+        labels, student = batch["labels"], outputs.logits
+        with torch.no_grad():
+            teacher = self._teacher[0](**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits
+        if teacher.shape != student.shape:
+            raise PlanError(f"the teacher has {teacher.shape[1]} outputs and the student {student.shape[1]}")
+        if labels.is_floating_point():
+            total = label_loss(student, teacher[:, 0].float())
+        else:
+            total, _ = self.loss.dense(student, teacher, labels)
+        if self.label_weight:
+            total = total + self.label_weight * label_loss(student, labels)
+        return total, labels.new_tensor(len(labels))

@@ -24,32 +24,27 @@ Official code: none released.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from residency import fusedhead
+from residency.compress.divergence import Divergence, check_logits
 from residency.objective import Head
+from residency.step import Params
 
 
-@dataclass(frozen=True)
-class KLParams:
-    """What the divergence can be told.
+class KLParams(Params):
+    """What the divergence can be told."""
 
-    Args:
-        temperature: Divisor of both models' logits, > 0. Hinton et al. went up to 20 (digits)
-            and 10 (speech); 1 (our choice) imitates the distribution the specialist will be sampled from.
-        scale_by_t2: Multiply by temperature², as Hinton et al. advise when soft and hard targets are
-            added up. Without it, the gradient shrinks as 1 / temperature² for large temperatures.
+    temperature: float = Field(1.0, gt=0)
+    """Divisor of both models' logits. Hinton et al. went up to 20 (digits) and 10 (speech); 1 (our choice) imitates the
+    distribution the specialist will be sampled from.
     """
-
-    temperature: float = 1.0
     scale_by_t2: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+    """Multiply by temperature², as Hinton et al. advise when soft and hard targets are added up. Without it, the
+    gradient shrinks as 1 / temperature² for large temperatures.
+    """
 
     @property
     def factor(self) -> float:
@@ -72,11 +67,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, params: KLParams = PLAIN)
         The sum over tokens (scalar float32 or float64) and N. N = 0 gives (0, 0). It is +inf where the
         student excludes (−inf) a word the teacher does not, as the divergence is.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher logits must both be [N, V], got {[*student_logits.shape]} and "
-            f"{[*teacher_logits.shape]}; KL compares word by word and needs one vocabulary"
-        )
+    check_logits(student_logits, teacher_logits, None)
     precision = torch.promote_types(student_logits.dtype, torch.float32)
     log_q = (student_logits.to(precision) / params.temperature).log_softmax(1)
     log_p = (teacher_logits.detach().to(precision) / params.temperature).log_softmax(1)
@@ -124,25 +115,26 @@ def kl_fused(
     return total, torch.tensor(len(student_hidden), device=student_hidden.device)
 
 
-class KL(nn.Module):
+class KL(Divergence):
     """KL(teacher ‖ student) in both forms, with its parameters.
 
     Inputs: logits, or hidden states and heads, of teacher and student at the trained tokens, selected
     with `next_token_positions`. Same vocabulary.
     Relations: the default distillation loss and the one to beat; `BiLD` where the ranking of the likely
-    words matters more than their probabilities.
+    words matters more than their probabilities; its relatives stand in `divergences.py`.
 
     Example:
         >>> total, count = KL().dense(student_logits[mask], teacher_logits[mask])
         >>> (total / count).backward()
     """
 
-    def __init__(self, params: KLParams = PLAIN) -> None:
-        super().__init__()
-        self.params = params
+    Params = KLParams
+    params: KLParams
 
-    def dense(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See `kl`: [N, V] and [N, V] → (sum, count)."""
+    def dense(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `kl`: [N, V] and [N, V] → (sum, count); `targets` are not read."""
         return kl(student_logits, teacher_logits, self.params)
 
     def fused(
@@ -151,21 +143,11 @@ class KL(nn.Module):
         student_head: Head,
         teacher_hidden: Tensor,
         teacher_head: Head,
+        targets: Tensor | None = None,
         *,
         chunk_bytes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `kl_fused`: [N, Ds], a head, [N, Dt], a head → (sum, count)."""
+        """See `kl_fused`: [N, Ds], a head, [N, Dt], a head → (sum, count); `targets` are not read."""
         return kl_fused(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            self.params,
-            chunk_bytes=chunk_bytes,
+            student_hidden, student_head, teacher_hidden, teacher_head, self.params, chunk_bytes=chunk_bytes
         )
-
-    forward = dense
-
-    def extra_repr(self) -> str:
-        """The parameters, for `print(model)`."""
-        return repr(self.params)

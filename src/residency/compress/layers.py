@@ -30,7 +30,9 @@ Elimination of Transformer Blocks", ICML 2024, arXiv 2402.09025; official code: 
 d07129a.
 
 Inputs: a decoder-only causal language model whose backbone has `.layers` or `.h`, and batches of `input_ids`,
-`attention_mask` [B, T] (and `labels`, for a loss). Relations: `bild.py` and `kl.py` train what `keep_layers` returns.
+`attention_mask` [B, T] (and `labels`, for a loss); or a BERT-like classifier (`.encoder.layer`) and `labels` [B]: class
+indices (cross-entropy per row) or numbers (squared error per row). Relations: `bild.py` and `kl.py` train what
+`keep_layers` returns.
 """
 
 from __future__ import annotations
@@ -46,7 +48,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from residency.compress.decoder import decoder, evaluating, hidden_input, hidden_output, passing, recording, replaced
+from residency.compress.decoder import (
+    decoder,
+    evaluating,
+    hidden_input,
+    hidden_output,
+    passing,
+    recording,
+    replaced,
+    uncached,
+)
 from residency.errors import DataError, PlanError
 from residency.objective import next_token_positions
 from residency.progress import Progress
@@ -106,9 +117,9 @@ def block_influence(model: PreTrainedModel, batches: Iterable[Batch], progress: 
             hooks.callback(handle.remove)
         with (progress or Progress()).task("block influence", len(batches)) as advance:
             for batch in batches:
-                inputs = _inputs(batch, model)
+                inputs = model_inputs(batch, model)
                 real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-                backbone(**inputs, use_cache=False)
+                backbone(**inputs, **uncached(model))
                 tokens += int(real.sum())
                 advance(1)
     if not tokens:
@@ -256,11 +267,16 @@ def _losses(
 
 
 class _Answers:
-    """The loss of one batch on its answer tokens, with logits only where an answer is predicted."""
+    """The loss of one batch on its answer tokens, with logits only where an answer is predicted; or on its classes."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
-        self.model, self.inputs = model, _inputs(batch, model)
-        mask, self.targets = next_token_positions(batch["labels"].to(model.device))
+        self.model, self.inputs = model, model_inputs(batch, model) | uncached(model)
+        labels = batch["labels"].to(model.device)
+        self.mask: Any = slice(None)
+        if labels.ndim == 1:
+            self.targets, self.count = labels, len(labels)
+            return
+        mask, self.targets = next_token_positions(labels)
         self.count = len(self.targets)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             positions = mask.any(0).nonzero().squeeze(1)
@@ -269,11 +285,14 @@ class _Answers:
 
     def loss(self) -> float:
         # the model's own forward, not hidden states and head: some models scale or cap their logits
-        logits = self.model(**self.inputs, use_cache=False).logits[self.mask]
-        return float(nn.functional.cross_entropy(logits.float(), self.targets, reduction="sum"))
+        logits = self.model(**self.inputs).logits[self.mask].float()
+        if self.targets.is_floating_point():
+            return float((logits.squeeze(-1) - self.targets).square().sum())
+        return float(nn.functional.cross_entropy(logits, self.targets, reduction="sum"))
 
 
-def _inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+def model_inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """What of a batch is the model's, on its device."""
     return {name: batch[name].to(model.device) for name in _INPUTS if name in batch}
 
 

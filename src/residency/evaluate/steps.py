@@ -18,7 +18,7 @@ LIKELIHOOD = ("choice-accuracy", "bits-per-byte")
 GENERATED = ("exact-match", "rouge-l")
 BY_KIND = {
     "causal-lm": (*LIKELIHOOD, *GENERATED, "macro-f1"),
-    "classifier": ("macro-f1", "exact-match"),
+    "classifier": ("macro-f1", "exact-match", "pearson"),
     "text-encoder": (),
     "image-encoder": (),
 }
@@ -180,20 +180,19 @@ class Evaluate(Examination):
         return found
 
     def _classifier(self, job: Job, outcome: Outcome) -> None:
-        from residency import rows
-        from residency.classifier import Classifier
+        from residency import classifier, rows
         from residency.encoders import item_of
         from residency.evaluate import scoring
 
-        classifier = Classifier(job.model, job.device)
+        predictor = classifier.load(job.model, job.device)
         for name, file in (("task", job.test), ("guard", job.guard)):
             if file is None:
                 continue
             metric = job.task["metric" if name == "task" else "guard"]
             held = rows.load(Path(file))
-            predictions = list(classifier.predict([item_of(r) for r in held], progress=job.progress))
+            predictions = list(predictor.predict([item_of(r) for r in held], progress=job.progress))
             outcome.extra[name] = scoring.of_predictions(
                 metric, held, predictions, resamples=self.params.resamples, seed=job.seed
             )
-            if name == "task":
+            if name == "task" and metric != "pearson":
                 outcome.figures.append(scoring.confusion([r.answer for r in held], predictions))

@@ -37,7 +37,7 @@ def case_of(name: str) -> Case:
     from residency.testing.cases import CASES
 
     row = catalog.method(name)
-    assert name in CASES, f"the method `{name}` has no case: add one to residency/testing/cases.py"
+    assert name in CASES, f"the method `{name}` has no case: add one to residency/testing/cases/"
     case = CASES[name]()
     case.row = row
     assert case.role == row.role, f"`{name}` is a {row.role}, but its case is for a {case.role}"

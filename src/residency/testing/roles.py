@@ -496,6 +496,70 @@ class TokenLossCase(Case):
         assert count == 0
 
 
+class LabelLossCase(Case):
+    """An objective over a head's outputs [B, C] and labels [B]."""
+
+    role = "Objective"
+
+    def objective(self) -> Any:
+        """A fresh objective."""
+        raise NotImplementedError("abstract: the objective")
+
+    def reference(self, logits: Any, labels: Any) -> float:
+        """The sum over rows, written independently."""
+        raise NotImplementedError("abstract: the reference")
+
+    def problems(self) -> list[tuple[Any, Any]]:
+        """Logits and labels: five rows of four classes, and five of one number."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn((5, 4), generator=generator, dtype=torch.float64)
+        return [(logits, torch.tensor([0, 3, 1, 1, 2])), (logits[:, :1], logits[:, 1])]
+
+    def _value(self, logits: Any, labels: Any) -> tuple[Any, int]:
+        from residency.objective import Outputs
+
+        total, count = self.objective()(Outputs(logits=logits), {"labels": labels})
+        return total, int(count)
+
+    def check_reference(self) -> None:
+        """The sum equals an independent implementation; the count is the number of rows."""
+        for logits, labels in self.problems():
+            total, count = self._value(logits, labels)
+            assert abs(float(total) - self.reference(logits, labels)) < 1e-10
+            assert count == 5 == self.objective().count({"labels": labels})
+
+    def check_accumulation(self) -> None:
+        """Rows one by one give the same sum and gradient."""
+        import torch
+
+        for logits, labels in self.problems():
+            whole = logits.clone().requires_grad_(True)
+            self._value(whole, labels)[0].backward()
+            parts = logits.clone().requires_grad_(True)
+            sum(self._value(parts[i : i + 1], labels[i : i + 1])[0] for i in range(5)).backward()
+            torch.testing.assert_close(parts.grad, whole.grad)
+
+    def check_extremes(self) -> None:
+        """Half precision and logits of ±1e4 stay finite; wrong shapes are refused."""
+        import torch
+
+        for logits, labels in self.problems():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                hot = (logits * 1e4).to(dtype).requires_grad_(True)
+                total, _ = self._value(hot, labels.float() if labels.is_floating_point() else labels)
+                total.backward()
+                assert torch.isfinite(total), dtype
+                assert hot.grad is not None
+                assert torch.isfinite(hot.grad).all(), dtype
+            try:
+                self._value(logits[:3], labels)
+            except ValueError:
+                continue
+            raise AssertionError("3 rows of logits were matched with 5 labels")
+
+
 class PredictorCase(Case):
     """A head fitted on frozen features."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from residency.adapt.crossentropy import CrossEntropy
+from residency.crossentropy import CrossEntropy
 from residency.objective import Head, Outputs
 
 
