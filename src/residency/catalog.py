@@ -293,6 +293,17 @@ METHODS: tuple[Method, ...] = (
         pain="I want a narrower model, not only a shallower one",
     ),
     Method(
+        name="merge-heads",
+        stage="compress",
+        role="Surgery",
+        title="Align Attention Heads Before Merging Them: An Effective Way for Converting MHA to GQA",
+        arxiv="2412.20677",
+        reference="Jin, Song, Zhou, Qin, Findings of EMNLP 2025; merging by least squares is our choice",
+        object="residency.compress.mergeheads:merge_heads",
+        step="merge-heads: {kv-heads: 1}",
+        pain="The KV cache is too large for my contexts or my users",
+    ),
+    Method(
         name="choice-accuracy",
         stage="evaluate",
         role="Metric",
@@ -371,6 +382,11 @@ STEPS: tuple[StepRow, ...] = (
     StepRow("tune", "residency.adapt.steps:TuneProbe", "method", "probe", "fit a head on a frozen encoder"),
     StepRow(
         "distill", "residency.compress.step_distill:Distill", summary="train a smaller student on the current model"
+    ),
+    StepRow(
+        "merge-heads",
+        "residency.compress.step_merge_heads:MergeHeads",
+        summary="share keys and values among attention heads",
     ),
     StepRow("evaluate", "residency.evaluate.steps:Evaluate", summary="how the base and every model are examined"),
 )

@@ -417,6 +417,20 @@ class SurgeryCase(Case):
         if self.saves_parameters:
             assert sum(p.numel() for p in changed.parameters()) < count
 
+    copies: ClassVar[bool] = True
+    """Whether the result is a new model (False: the model itself is changed)."""
+
+    def check_input_unchanged(self) -> None:
+        """The model it was given is as before, and shares no memory with the result."""
+        if not self.copies:
+            return
+        model = self.model()
+        before = self._logits(model)
+        small = self.active(model)
+        for parameter in small.parameters():
+            parameter.data.zero_()
+        assert (self._logits(model) == before).all()
+
     def check_deterministic(self) -> None:
         """The same operation on the same model gives the same weights."""
         import torch

@@ -28,6 +28,7 @@ class LoraCase(SurgeryCase):
     """Baseline: an untrained adapter is the base itself."""
 
     name = "lora"
+    copies = False
 
     @property
     def params(self) -> Any:
