@@ -304,6 +304,17 @@ METHODS: tuple[Method, ...] = (
         pain="The KV cache is too large for my contexts or my users",
     ),
     Method(
+        name="prosparse",
+        stage="compress",
+        role="Surgery",
+        title="ProSparse: Introducing and Enhancing Intrinsic Activation Sparsity within Large Language Models",
+        arxiv="2402.13516",
+        reference="Song, Han, Zhang et al., COLING 2025",
+        object="residency.compress.prosparse:ProSparse",
+        step="sparsify: {max-steps: 200}",
+        pain="Decoding one token reads every weight of the feed-forward layers",
+    ),
+    Method(
         name="choice-accuracy",
         stage="evaluate",
         role="Metric",
@@ -387,6 +398,11 @@ STEPS: tuple[StepRow, ...] = (
         "merge-heads",
         "residency.compress.step_merge_heads:MergeHeads",
         summary="share keys and values among attention heads",
+    ),
+    StepRow(
+        "sparsify",
+        "residency.compress.step_sparsify:Sparsify",
+        summary="ReLU, a growing L1 penalty, then a threshold: mostly zeros",
     ),
     StepRow("evaluate", "residency.evaluate.steps:Evaluate", summary="how the base and every model are examined"),
 )

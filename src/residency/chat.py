@@ -68,7 +68,7 @@ class Chat:
 
         def generate() -> None:
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), bases.decoding(self.model):
                     self.model.generate(
                         input_ids=ids["input_ids"],
                         attention_mask=ids["attention_mask"],

@@ -113,7 +113,7 @@ def test_a_run_keeps_the_promise_of_its_plan(keys, base, tmp_path):
     for spec in outcome.figures:
         assert figures.draw(spec) if spec["kind"] != "table" else spec["rows"]
     kinds = [spec["kind"] for spec in outcome.figures]
-    assert kinds == ["heatmap"] * 3 + ["table"] + ["lines"] * given.get("train", True)
+    assert kinds == ["heatmap"] * 2 + ["table"] + ["lines"] * given.get("train", True)
     assert ("loss_last" in outcome.summary) == given.get("train", True)
 
 

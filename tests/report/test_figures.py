@@ -119,3 +119,11 @@ class TestItems:
 
     def test_no_strip_of_scores_that_are_not_shares(self, record):
         assert strip(Facts(changed(record, ("exams", 0, "task", "items", 0, "score"), 3.2))) is None
+
+
+def test_two_heatmaps_can_share_a_scale():
+    spec = {"kind": "heatmap", "title": "t", "x": ["a"], "y": ["b"], "z": [[0.4]]}
+    assert "zmin" not in figures.draw(spec)["data"][0]
+    trace = figures.draw(spec | {"range": [0.0, 1.0]})["data"][0]
+    assert (trace["zmin"], trace["zmax"]) == (0.0, 1.0)
+    assert "zmin" not in figures.draw(spec | {"range": [0.0, None]})["data"][0]

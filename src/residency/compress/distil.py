@@ -130,7 +130,7 @@ class _Distiller:
         p, job = self.params.student, self.job
         assert p.layers is not None
         batches, total = self.batches(items), _layers(model)
-        what = f"increase of the {'answer loss' if self.per != 'per row' else 'loss'} when the layer is skipped, nats"
+        what = "loss added by leaving the layer out, nats"
         half = self.params.precision != "float32" and fast_bf16(job.device)
         with torch.autocast(job.device, torch.bfloat16, enabled=half):
             if p.choose == "even":

@@ -58,6 +58,7 @@ from residency.compress.decoder import (
     replaced,
     uncached,
 )
+from residency.compress.relufy import install_thresholds
 from residency.errors import DataError, PlanError
 from residency.objective import next_token_positions
 from residency.progress import Progress
@@ -312,6 +313,7 @@ def _check_places(small: PreTrainedModel, kept: list[int]) -> None:
     config = type(small.config).from_dict(small.config.to_dict())
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         rebuilt = type(small)(config)
+    install_thresholds(rebuilt)
     pairs = zip(decoder(small)[1], decoder(rebuilt)[1], strict=True)
     for place, (copied, fresh) in enumerate(pairs):
         for difference in _differences(copied, fresh):

@@ -274,10 +274,13 @@ def plan_figures(plan: list[LayerPlan]) -> list[dict[str, Any]]:
                 "x": columns,
                 "y": layers,
                 "z": z,
+                "range": [0.0, 1.0],
                 "xlabel": "key or value head",
                 "ylabel": "decoder layer",
             }
         )
+    if len(plan[0].groups) == 1:
+        return figures
     figures.append(
         {
             "kind": "heatmap",

@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 
 from residency.compress.decoder import decoder, evaluating, uncached
 from residency.compress.layers import Batch, model_inputs
+from residency.compress.relufy import install_thresholds
 from residency.errors import DataError, PlanError
 from residency.progress import Progress
 
@@ -236,6 +237,7 @@ def narrow(model: PreTrainedModel, importance: Importance, width: Width) -> PreT
         small: Any = type(model)(config)
     small.load_state_dict(state, strict=True)
     small.generation_config = copy.deepcopy(model.generation_config)
+    install_thresholds(small)  # of FATReLU, which a model built from its config does not have
     return small.to(device=model.device, dtype=model.dtype).train(model.training)
 
 

@@ -141,7 +141,8 @@ class Evaluate(Examination):
             outcome.extra["guard"] = self._score([metric], model, tokenizer, guard, job, "guard")[metric]
         if self.params.speed:
             prompt = tokens.encode(test[0], tokenizer).prompt
-            speed = cost.measure_speed(model, prompt, new_tokens=self.params.new_tokens)
+            with bases.decoding(model):
+                speed = cost.measure_speed(model, prompt, new_tokens=self.params.new_tokens)
             outcome.measured |= {
                 "tokens_per_second": speed.tokens_per_second,
                 "time_to_first_token_ms": speed.time_to_first_token_ms,

@@ -15,7 +15,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from residency.report import formats as fmt
 from residency.report.formats import mappings, number, sequence
@@ -78,6 +78,8 @@ class HeatmapSpec(_Named):
     x: list[Any]
     y: list[Any]
     z: list[list[float | None]]
+    range: NotRequired[list[float]]
+    """The two ends of the colour scale, so that two maps can be compared."""
 
 
 class _TableOptions(TypedDict, total=False):
@@ -201,6 +203,9 @@ def _heatmap(spec: dict[str, Any], layout: dict[str, Any]) -> list[dict[str, Any
         else:
             layout[f"{axis}axis"]["type"] = "category"
     layout["yaxis"]["autorange"] = "reversed"
+    ends = [number(end) for end in sequence(spec, "range")]
+    if len(ends) == 2 and None not in ends:
+        trace["zmin"], trace["zmax"] = ends
     cells = [value for row in trace["z"] for value in row]
     if len(cells) <= 225 and all(value is not None and value.is_integer() for value in cells):
         trace["texttemplate"] = "%{z}"  # a confusion matrix is read, not looked at
