@@ -146,14 +146,14 @@ def language(data: list[dict], seeds: int, quick: bool) -> dict[str, Any]:
     tokenizer = bases.load_tokenizer(base)
     pad = tokenizer.pad_token_id
     raw = [
-        {"id": r["id"], "instruction": r["question"], "output": " ".join(r["answer"].split()[:70])}
+        {"id": r["id"], "instruction": r["question"], "output": " ".join(r["answer"].split()[:35])}
         for r in data[: 60 if quick else 420]
     ]
-    items, _ = tokens.encode_all(rows.read(raw).rows, tokenizer, 160)
-    tune, learn, test = items[: len(items) // 3], items[len(items) // 3 : -32], items[-32:]
+    items, _ = tokens.encode_all(rows.read(raw).rows, tokenizer, 112)
+    tune, learn, test = items[: len(items) // 3], items[len(items) // 3 : -24], items[-24:]
     if quick:
         test = test[:8]
-    steps = 2 if quick else 24
+    steps = 2 if quick else 16
 
     def fit(model: Any, objective: Any, given: list[Any], seed: int, rate: float, limit: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +171,7 @@ def language(data: list[dict], seeds: int, quick: bool) -> dict[str, Any]:
             )
 
     teacher = Lora(rank=8).attach(bases.load_causal_lm(base, DEVICE))
-    fit(teacher, CrossEntropy(), tune, 0, 5e-4, 2 if quick else 32)
+    fit(teacher, CrossEntropy(), tune, 0, 5e-4, 2 if quick else 24)
     teacher, _ = merge(teacher, torch.tensor([items[0].prompt], device=DEVICE))
     some = [tokens.collate(sorted(tune[:16], key=len)[i : i + 8], pad) for i in (0, 8)]
     keep = layers.choose_layers(layers.loss_increase(teacher, some), 20)

@@ -58,13 +58,13 @@ SHARES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 LEVELS = (0.7, 0.75, 0.8, 0.85, 0.9)
 
 
-def text_rows(file: Path, tokenizer: Any, width: int, rows: int) -> list[Encoded]:
-    """Answers in a fixed random order, joined by end-of-text tokens, cut into rows of `width` tokens."""
+def text_rows(file: Path, tokenizer: Any, width: int, rows: int, seed: int = 0) -> list[Encoded]:
+    """Answers in a seeded random order, joined by end-of-text tokens, cut into rows of `width` tokens."""
     raw = file.read_bytes()
     texts = [
         json.loads(line)["answer"] for line in (gzip.decompress(raw) if file.suffix == ".gz" else raw).splitlines()
     ]
-    random.Random(0).shuffle(texts)
+    random.Random(seed).shuffle(texts)
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -160,7 +160,7 @@ def compare(args: argparse.Namespace, record: dict[str, Any], save: Any) -> None
     folder = bases.resolve("tiny-llama" if args.quick else "smollm2-135m-instruct").folder
     tokenizer = bases.load_tokenizer(folder)
     needed = args.steps * args.batch + 2 * args.held_out
-    rows = text_rows(args.data, tokenizer, args.width, needed)
+    rows = text_rows(args.data, tokenizer, args.width, needed, args.seed)
     if len(rows) < needed:
         raise SystemExit(f"{args.data} has {len(rows)} rows of {args.width} tokens, {needed} are needed")
     collated = [collate(rows[i : i + 8], 0) for i in range(0, 2 * args.held_out, 8)]
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=0.6, help="last peak of the staged penalty")
     parser.add_argument("--fixed", type=float, default=0.4, help="the constant penalty")
     parser.add_argument("--arms", nargs="*", help="only these")
+    parser.add_argument("--seed", type=int, default=0, help="which texts are trained on and held out")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=24)

@@ -295,15 +295,54 @@ def test_bad_arguments_say_what_to_do():
         block_influence(model, [])
     with pytest.raises(PlanError, match="merge_and_unload"):
         keep_layers(torch.nn.Linear(2, 2), [0])
-    with pytest.raises(PlanError, match="BertForMaskedLM"):
+    with pytest.raises(PlanError, match="T5ForConditionalGeneration"):
         keep_layers(
-            transformers.BertForMaskedLM(
-                transformers.BertConfig(
-                    vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-                )
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=V, d_model=16, num_layers=1, num_heads=2, d_ff=8, d_kv=8)
             ),
             [0],
         )
+
+
+def encoder(labels: int = 3):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=L,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=64,
+        num_labels=labels,
+        initializer_range=0.3,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("labels", [3, 1])
+def test_layers_of_a_classifier_are_measured_and_kept(labels, tmp_path):
+    """Loss without a layer, by deleting it; and the smaller classifier loads in plain transformers."""
+    model = encoder(labels)
+    batch = {k: v for k, v in batches()[0].items() if k != "labels"}
+    n = len(batch["input_ids"])
+    batch["labels"] = torch.arange(n) % 3 if labels == 3 else torch.linspace(-1, 1, n)
+
+    def loss(some):
+        with torch.no_grad():
+            out = some(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        if labels == 1:
+            return float(torch.nn.functional.mse_loss(out[:, 0], batch["labels"]))
+        return float(torch.nn.functional.cross_entropy(out, batch["labels"]))
+
+    found = loss_increase(model, [batch])
+    for layer in range(L):
+        without = keep_layers(model, [i for i in range(L) if i != layer])
+        assert float(found[layer]) == pytest.approx(loss(without) - loss(model), abs=1e-5)
+    assert (block_influence(model, [batch]) > 0).all()
+    small = keep_layers(model, [0, L - 1])
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loss(again) == pytest.approx(loss(small), abs=1e-6)
 
 
 def test_a_failure_leaves_the_model_as_it_was():

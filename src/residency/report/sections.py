@@ -97,7 +97,11 @@ def _step_view(facts: Facts, stage: Stage, ordinal: int) -> StepView:
         summary=plainly(step.get("summary")),
         params=pairs(step.get("params")),
         wiring=wiring if step else [],
-        figures=[*mappings(step, "figures"), *mappings(stage.exam, "figures")],
+        figures=[
+            *mappings(step, "figures"),
+            *mappings(step, "measured", "figures"),  # of times, which differ from run to run
+            *mappings(stage.exam, "figures"),
+        ],
         flips=flips(facts, change),
     )
 
