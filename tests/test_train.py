@@ -281,3 +281,22 @@ def test_learning_rates_by_name(tiny, tmp_path):
     assert float(frozen.factor) == 1.0
     for name, tensor in still.items():
         assert torch.equal(tensor, before[name]) == ("mlp" in name), name
+
+
+def test_the_objectives_gradient_is_clipped_with_the_models(tiny, tmp_path):
+    folder, tokenizer, items = tiny
+    model, objective, norms = bases.load_causal_lm(folder), _Weighted(), []
+    original = torch.optim.AdamW.step
+
+    def spy(self, *a, **k):
+        every = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in every]).norm().item())
+        return original(self, *a, **k)
+
+    torch.optim.AdamW.step = spy
+    try:
+        params = TrainParams(batch=4, max_steps=2, precision="float32", clip=0.01)
+        train.fit(model, objective, items, params, pad=tokenizer.pad_token_id, scratch=tmp_path)
+    finally:
+        torch.optim.AdamW.step = original
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)

@@ -25,6 +25,10 @@ from residency.step import Kind, ModelFacts
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|layer)\.\d+\.")
+"""Names of parameters that belong to one of a model's repeated layers."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A resolved base model.
@@ -119,6 +123,8 @@ def facts(folder: Path, license: str | None = None) -> ModelFacts:
     text = config.get("text_config", config)
     headers = [h for f in sorted(folder.glob("*.safetensors")) for h in read_header(f).values()]
     parameters = sum(math.prod(h["shape"]) for h in headers)
+    named = (entry for f in sorted(folder.glob("*.safetensors")) for entry in read_header(f).items())
+    within = sum(math.prod(h["shape"]) for name, h in named if _IN_LAYER.search(name))
     hidden = int(text.get("hidden_size") or config.get("features") or 0)
     heads = int(text.get("num_attention_heads") or 0)
     layers = int(text.get("num_hidden_layers") or 0)
@@ -139,6 +145,8 @@ def facts(folder: Path, license: str | None = None) -> ModelFacts:
         kv_heads=groups,
         head_dim=head_dim,
         ffn=int(text.get("intermediate_size") or 0),
+        layer_parameters=within,
+        classes=len(config.get("id2label") or ()) if architecture.endswith("ForSequenceClassification") else 0,
         activation=str(text.get("hidden_act") or text.get("hidden_activation") or ""),
         max_tokens=int(text.get("max_position_embeddings") or 0),
         tokenizer=tokenizer_fingerprint(folder),

@@ -23,6 +23,7 @@ from residency import encoders
 from residency.errors import DataError
 from residency.progress import Progress
 
+_OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "roberta-prelayernorm")
 TENSORS = ("weight", "bias", "mean", "deviation")
 
 
@@ -142,7 +143,7 @@ class FineTuned:
         self.model = bases.load_classifier(folder, device)
         self.tokenizer = bases.load_tokenizer(folder)
         self.regression = is_regression(self.model.config)
-        self.max_tokens = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        self.max_tokens = min(self.tokenizer.model_max_length, positions(self.model.config))
 
     @torch.no_grad()
     def predict(self, items: Sequence[str], batch: int = 64, progress: Progress | None = None) -> Iterator[str]:
@@ -155,10 +156,17 @@ class FineTuned:
                 )
                 logits = self.model(**given.to(self.model.device)).logits.float()
                 if self.regression:
-                    yield from (f"{value:.6g}" for value in logits[:, 0].tolist())
+                    yield from (f"{value:.9g}" for value in logits[:, 0].tolist())
                 else:
                     yield from (self.model.config.id2label[i] for i in logits.argmax(-1).tolist())
                 advance(len(texts))
+
+
+def positions(config: Any) -> int:
+    """How many tokens an encoder can read: the RoBERTa family numbers them from behind its padding id."""
+    found = getattr(config, "max_position_embeddings", None) or 10**9
+    offset = (config.pad_token_id or 0) + 1 if getattr(config, "model_type", "") in _OFFSET else 0
+    return int(found - offset)
 
 
 def is_regression(config: Any) -> bool:

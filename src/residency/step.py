@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from residency.rows import Refused, Row
 
 Kind = Literal["causal-lm", "text-encoder", "image-encoder", "classifier"]
-"""What a model is: only a causal language model can be distilled, only an encoder can carry a probe."""
+"""What a model is: a step says which kinds it can work on (`require_kind`)."""
 
 
 class Params(BaseModel):
@@ -60,6 +60,8 @@ class ModelFacts:
     head_dim: int = 0
     ffn: int = 0
     activation: str = ""
+    layer_parameters: int = 0
+    classes: int = 0
     max_tokens: int = 0
     tokenizer: str = ""
     tokenizer_folder: str = ""
@@ -74,11 +76,12 @@ class ModelFacts:
         """The facts after keeping `layers` of the decoder layers (embeddings and head stay)."""
         if not self.layers:
             return self
-        per_layer = max(0, self.parameters - self.hidden * self.vocabulary) / self.layers
-        parameters = int(self.parameters - per_layer * (self.layers - layers))
+        within = self.layer_parameters * layers // self.layers
+        parameters = self.parameters - self.layer_parameters + within
         return replace(
             self,
             layers=layers,
+            layer_parameters=within,
             parameters=parameters,
             bytes_on_disk=int(self.bytes_on_disk * parameters / max(1, self.parameters)),
             kv_bytes_per_token=self.kv_bytes_per_token * layers // self.layers,
@@ -93,9 +96,11 @@ class ModelFacts:
             return self.layers * hidden * (2 * (heads + kv_heads) * self.head_dim + 3 * ffn)
 
         rest = self.parameters - blocks(self.hidden, self.heads, self.kv_heads, self.ffn)
-        parameters = int(rest * hidden / self.hidden) + blocks(hidden, heads, kv_heads, ffn)
+        smaller = blocks(hidden, heads, kv_heads, ffn)
+        parameters = int(rest * hidden / self.hidden) + smaller
         return replace(
             self,
+            layer_parameters=smaller,
             hidden=hidden,
             heads=heads,
             kv_heads=kv_heads,

@@ -240,6 +240,12 @@ class _ObjectiveTrainer(Trainer):
             )
         return self.optimizer
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """One norm over all that is trained, the objective's own parameters among it."""
+        assert self.optimizer is not None
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}

@@ -90,7 +90,19 @@ def test_rows_that_cannot_be_aligned_or_are_too_long_are_refused_with_the_reason
     assert "too long" in refused[0].reason
 
 
-def test_half_precision_teacher_and_empty_batch():
+def test_the_templates_own_text_is_not_taken_for_the_answer():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}assistant>{{ m.content }}</a>{% else %}{{ m.content }}"
+    )
+    template += ":{% endif %}{% endfor %}"
+    row = rows.read([{"id": "a", "instruction": "Q", "output": "a"}]).rows[0]
+    item = crossvocabulary.encode(row, tokenizer(template=template), tokenizer(template=template))
+    answer = "assistant>a</a>"
+    assert len(item.student.answer) == len(answer)
+    assert [i for i, _ in item.pairs][-1] >= answer.index(">a") + 1
+
+
+def test_half_precision_teacher_and_no_meeting_place():
     same, student = tokenizer(), model(258)
     batch = crossvocabulary.collate(crossvocabulary.encode_all(read("ab"), same, same, 60)[0], 0, 0)
     batch["pairs"] = batch["pairs"][:0]
@@ -98,4 +110,4 @@ def test_half_precision_teacher_and_empty_batch():
     objective = CrossVocabulary(ULD(), model(258, 1).to(torch.bfloat16))
     total, count = objective(Outputs(hidden=hidden, head=Head(student.lm_head.weight)), batch)
     assert float(total.detach()) == 0.0
-    assert int(count) == 0
+    assert int(count) == 3  # a, b and the end; only labels could teach them

@@ -171,9 +171,56 @@ def test_regressors_are_tuned_and_distilled(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("tune", "loss", "message"),
+    [
+        ("probe", "loss: kl", "probe"),
+        ("classify", "label-weight: 1", "which loss"),
+        ("classify", "loss: kl, rank: 2", "rank"),
+        ("classify", "loss: sinkd", "label-weight"),
+    ],
+)
+def test_what_cannot_be_distilled_into_a_classifier_is_refused_by_the_plan(tmp_path, tune, loss, message):
+    steps = (f"tune: {{method: {tune}}}", f"distill: {{student: {{base: tiny-text-encoder}}, {loss}}}")
+    texts = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(12)]
+    with pytest.raises(PlanError, match=message):
+        plan.make(
+            write(tmp_path, *steps, base="tiny-text-encoder", metric="macro-f1", examples=texts[:8], test=texts[8:])
+        )
+
+
+@pytest.mark.parametrize("loss", ["bild", "normkd"])
+def test_losses_that_say_nothing_of_two_classes_are_refused_before_training(tmp_path, loss):
+    texts = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(12)]
+    with pytest.raises(PlanError, match="classes"):
+        execute(
+            tmp_path,
+            f"tune: {{method: classify, {TRAIN}}}",
+            f"distill: {{student: {{base: tiny-text-encoder}}, loss: {loss}, {TRAIN}}}",
+            base="tiny-text-encoder",
+            metric="macro-f1",
+            examples=texts[:8],
+            test=texts[8:],
+        )
+
+
+def test_planned_sizes_are_exact_for_untied_heads(tmp_path):
+    save_stranger(tmp_path / "untied", [])
+    base = bases.facts(tmp_path / "untied")
+    assert base.parameters == bases.load_causal_lm(tmp_path / "untied").num_parameters()
+    _, folder = execute(
+        tmp_path, f"distill: {{student: {{hidden: 8, ffn: 12, calibrate: 4}}, loss: kl, {TRAIN}}}", base="untied"
+    )
+    planned = plan.make(recipe.load(tmp_path / "recipe.yaml")).nodes[-2].forecast.after.model
+    assert planned.parameters == bases.facts(folder).parameters
+    assert planned.kv_bytes_per_token == bases.facts(folder).kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ("student: {layers: 9}", "has 4"),
+        ("student: {ffn: 20, choose: even}", "layers"),
+        ("student: {layers: 2}, loss: kl, teacher-cache: top-k, teacher-words: 400", "vocabulary"),
         ("student: {layers: 4}", "has 4"),
         ("student: {hidden: 32}", "as wide"),
         ("student: {hidden: 33}", "hidden"),

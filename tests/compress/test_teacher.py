@@ -160,3 +160,31 @@ def test_bild_of_the_top_k_reads_the_cached_words_only():
     params = BiLDParams(k=8, directions="teacher")
     expected, _ = bild(hidden @ weight.T, hidden @ other.T, params)
     torch.testing.assert_close(bild_of_top_k(hidden, Head(weight), said, params), expected)
+
+
+def test_a_larger_student_is_kept_from_words_its_teacher_does_not_have():
+    """KL among the shared words and `outside_sum` are KL to the teacher with zero probability elsewhere."""
+    from residency.compress.distillation import outside_sum
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(5, 20, generator=generator, dtype=torch.float64)
+    mine, head = hidden.clone().requires_grad_(True), Head(weight.clone().requires_grad_(True))
+    among, _ = kl(head(mine)[:, :20], teacher)
+    total = among + outside_sum(mine, head, 20)
+    total.backward()
+    reference, W = hidden.clone().requires_grad_(True), weight.clone().requires_grad_(True)
+    p = torch.cat([teacher.softmax(1), torch.zeros(5, 10, dtype=torch.float64)], 1)
+    expected = F.kl_div((reference @ W.T).log_softmax(1), p, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(mine.grad, reference.grad)
+    torch.testing.assert_close(head.weight.grad, W.grad)
+
+
+def test_killed_recordings_are_cleared(tmp_path):
+    (tmp_path / ".tmp-dead-cache").mkdir()
+    (tmp_path / ".tmp-dead-cache" / "hidden.f32").write_bytes(b"half")
+    record(LiveTeacher(model()), items(2), tmp_path / "cache", address="a")
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]

@@ -132,7 +132,14 @@ class TuneClassify(Step):
                 f"problem: {self.params.problem} cannot be scored by `{state.metrics[0]}`",
                 hint=f"use metric: {wanted[0]}",
             )
-        p, model = self.params, replace(state.model, kind="classifier")
+        p = self.params
+        architecture = state.model.architecture.removesuffix("Model") + "ForSequenceClassification"
+        model = replace(state.model, kind="classifier", architecture=architecture)
+        if 0 < model.max_tokens < p.max_tokens:
+            raise PlanError(
+                f"max-tokens: {p.max_tokens}, but the encoder has {model.max_tokens} positions",
+                hint=f"max-tokens: {model.max_tokens} or less",
+            )
         rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
         tokens = min(state.tokens_per_row, p.max_tokens)
         peak = 16 * model.parameters + activation_bytes(state, p.batch)
@@ -176,6 +183,7 @@ class TuneClassify(Step):
             label="tuning",
             collator=lambda batch: tokens.collate_labelled(batch, tokenizer.pad_token_id),
         )
+        tokenizer.model_max_length = p.max_tokens  # whoever predicts cuts where training did
         bases.save(model, tokenizer, job.out / "model", "float32")
         return Outcome(
             gives={"model": "model"},

@@ -3,9 +3,12 @@
 Student and teacher read the same answer cut into different tokens. After some of its tokens each has read exactly the
 same text as the other after some of its own; there, and only there, both predict what comes next from the same context,
 and their distributions can be compared (by a loss that does not compare word by word, such as `uld.ULD`). With
-`label_weight` w > 0 the cross-entropy of the student's own next token at those places is added:
+`label_weight` w > 0 the cross-entropy of the student's own answer tokens is added:
 
-    loss sum = Σ_(i,j) ℓ(student_i, teacher_j) + w · Σ_i −log p_student(y_i)        count = number of pairs (i, j)
+    loss sum = Σ_(i,j) ℓ(student_i, teacher_j) + w · Σ_t −log p_student(y_t)        count = number of t
+
+The pairs (i, j) are the meeting places, t runs over all tokens of the answer: between two places only the labels teach
+the student how to finish a word, so `label_weight` should not be 0 where the student's tokens are the shorter ones.
 
 The prompts need not be the same text: each model gets its own chat template. The pairs begin at the answer.
 
@@ -17,7 +20,7 @@ needed at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +31,7 @@ from residency.compress.teacher import LiveTeacher, last_hidden
 from residency.compress.uld import aligned_positions
 from residency.errors import DataError
 from residency.fusedhead import cross_entropy_sum
-from residency.objective import Objective, Outputs
+from residency.objective import Objective, Outputs, next_token_positions
 from residency.rows import Refused, Row
 
 
@@ -87,24 +90,23 @@ def encode_all(rows: Iterable[Row], student: Any, teacher: Any, max_tokens: int)
 
 
 def collate(items: Sequence[Twice], pad: int, teacher_pad: int) -> dict[str, Any]:
-    """The student's batch, the teacher's `teacher_input_ids` and `teacher_attention_mask` [B, T'], and `pairs` [M, 4].
+    """The student's batch, the teacher's `teacher_input_ids` and `teacher_attention_mask` [B, T'], and `pairs` [M, 3].
 
-    A pair is the row, the student's and the teacher's position whose hidden states predict the paired tokens, and the
-    student's token there.
+    A pair is the row, and the student's and the teacher's position whose hidden states predict the paired tokens.
     """
     import torch
 
     batch = tokens.collate([item.student for item in items], pad)
     theirs = tokens.collate([item.teacher for item in items], teacher_pad)
     pairs = [
-        (b, len(item.student.prompt) + i - 1, len(item.teacher.prompt) + j - 1, item.student.answer[i])
+        (b, len(item.student.prompt) + i - 1, len(item.teacher.prompt) + j - 1)
         for b, item in enumerate(items)
         for i, j in item.pairs
     ]
     return batch | {
         "teacher_input_ids": theirs["input_ids"],
         "teacher_attention_mask": theirs["attention_mask"],
-        "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 4),
+        "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 3),
     }
 
 
@@ -116,7 +118,7 @@ class CrossVocabulary(Objective):
     Args:
         loss: A loss with `one_vocabulary = False`.
         teacher: A causal language model; frozen and put into evaluation mode.
-        label_weight: w, of the cross-entropy at the paired places; the paper adds it with weight 1.
+        label_weight: w, of the cross-entropy of all answer tokens; the paper adds it with weight 1.
     """
 
     wants = "hidden"
@@ -126,35 +128,33 @@ class CrossVocabulary(Objective):
         self.loss, self.label_weight = loss, label_weight
         self._teacher = [LiveTeacher(teacher)]  # a list keeps it out of parameters() and state_dict()
 
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per pair."""
-        return len(batch["pairs"])
-
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return (loss sum, pairs)."""
+        """Return (loss sum, trained tokens)."""
         import torch
 
         assert outputs.hidden is not None
         assert outputs.head is not None
-        row, mine, theirs, targets = batch["pairs"].unbind(1)
+        row, mine, theirs = batch["pairs"].unbind(1)
         teacher = self._teacher[0]
         with torch.no_grad():
             heard = last_hidden(
                 teacher.model,
                 {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]},
             )[row, theirs]
-        student = outputs.hidden[row, mine]
-        total, count = self.loss.fused(student, outputs.head, heard, teacher.head)
+        total, _ = self.loss.fused(outputs.hidden[row, mine], outputs.head, heard, teacher.head)
+        mask, targets = next_token_positions(batch["labels"])
         if self.label_weight:
-            total = total + self.label_weight * cross_entropy_sum(student, outputs.head, targets)
-        return total, count
+            total = total + self.label_weight * cross_entropy_sum(outputs.hidden[mask], outputs.head, targets)
+        return total, mask.sum()
 
 
 def _offsets(row: Row, tokenizer: Any) -> list[tuple[int, int]]:
     """(start, end) of the answer's tokens in the answer itself; what the template adds behind it has no width."""
     _, answer, end = tokens.rendered(row, tokenizer)
-    begin = answer.find(row.answer)
-    if begin < 0:
+    mark = "\ue000"  # stands where the answer will stand, whatever the template puts around it
+    _, blank, _ = tokens.rendered(replace(row, messages=(*row.messages[:-1], (row.messages[-1][0], mark))), tokenizer)
+    begin = blank.find(mark)
+    if begin < 0 or not answer.startswith(row.answer, begin):
         raise DataError(
             "the chat template changes the answer, so two encodings of it cannot be aligned",
             where=row.id,

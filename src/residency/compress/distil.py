@@ -16,7 +16,7 @@ from residency.compat import fast_bf16
 from residency.compress import crossvocabulary, layers, width
 from residency.compress.closeness import KS, Closeness, compare, figure
 from residency.compress.distillation import Distillation, HeadDistillation
-from residency.compress.step_distill import DistillParams, vocabularies
+from residency.compress.step_distill import DistillParams, check_classes, vocabularies
 from residency.compress.teacher import CachedTeacher, LiveTeacher, record, with_ids
 from residency.errors import DataError
 from residency.lora import Lora, merge
@@ -36,8 +36,11 @@ class _Distiller:
         job: See `step.Job`.
     """
 
+    per = "per row"
+
     def __init__(self, params: DistillParams, loss: Any, job: Job) -> None:
         self.params, self.loss, self.job = params, loss, job
+        self.what = params.loss
         self.tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
         self.facts: dict[str, Any] = {}
         self.figures: list[dict[str, Any]] = []
@@ -46,9 +49,10 @@ class _Distiller:
         """Everything, in order."""
         job = self.job
         items, refused = self.encode()
-        if not items:
-            raise DataError("there are no rows to train on", hint="check quarantine.jsonl for the reasons")
         job.quarantine += refused
+        if not items:
+            reason = refused[0].reason if refused else "the step was given none"
+            raise DataError(f"there are no rows to train on; the first was refused: {reason}")
         teacher = self.teacher()
         student = self.student(teacher, items)
         before = _layers(teacher), _count(teacher)
@@ -56,7 +60,8 @@ class _Distiller:
         student.requires_grad_(True)
         student, log = self.train(student, teacher, items)
         self.compare(untrained, self.closeness(student, teacher, items))
-        bases.save(student, self.tokenizer, job.out / "model", bases.saved_dtype(job.model))
+        origin = job.base(self.params.student.base) if self.params.student.base else job.model
+        bases.save(student, self.tokenizer, job.out / "model", bases.saved_dtype(origin))
         return Outcome(
             gives={"model": "model"},
             summary={
@@ -70,10 +75,8 @@ class _Distiller:
                 "precision": log.precision,
             }
             | self.facts,
-            figures=[*self.figures, loss_figure(log, f"{self.params.loss} {self.per}")],
+            figures=[*self.figures, loss_figure(log, f"{self.what} {self.per}")],
         )
-
-    per = "per row"
 
     def encode(self) -> tuple[list[Any], list[Any]]:
         """Items and refused rows."""
@@ -117,7 +120,7 @@ class _Distiller:
         )
 
     def batches(self, items: Sequence[Any], size: int = 8) -> list[dict[str, Any]]:
-        """The first `calibrate` items by length, in batches."""
+        """The first `calibrate` items, those of similar length together, in batches."""
         some = sorted(items[: self.params.student.calibrate], key=len)
         return [self.collate(some[i : i + size]) for i in range(0, len(some), size)]
 
@@ -175,7 +178,7 @@ class LanguageModels(_Distiller):
             self.facts["vocabularies"] = str(relation)
             self.shared = relation.shared or None
             if relation.smaller == "student":
-                self.tokenizer = bases.load_tokenizer(self.job.base(p.student.base), remote_code=self.job.remote_code)
+                self.tokenizer = bases.load_tokenizer(self.job.base(p.student.base))  # trust was given to the base only
         return tokens.encode_all(rows.load(self.job.rows), self.tokenizer, p.max_tokens)
 
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
@@ -195,8 +198,9 @@ class LanguageModels(_Distiller):
         student = self.shallower(teacher, items) if p.layers and p.layers < _layers(teacher) else teacher
         if p.narrower:
             found = width.measure(student, self.batches(items), progress=job.progress)
+            groups = student.config.num_key_value_heads
             student = width.narrow(student, found, width.Width(**p.width))
-            self.figures.append(_channels(found, student))
+            self.figures.append(_channels(found, student, groups))
         return student
 
     def train(self, student: Any, teacher: Any, items: Sequence[Any]) -> tuple[Any, TrainLog]:
@@ -261,7 +265,7 @@ class Strangers(LanguageModels):
         """See `_Distiller.encode`: each row with both tokenizers."""
         p, job = self.params, self.job
         self.teacher_tokenizer = self.tokenizer
-        self.tokenizer = bases.load_tokenizer(job.base(p.student.base), remote_code=job.remote_code)
+        self.tokenizer = bases.load_tokenizer(job.base(p.student.base))  # trust was given to the base only
         items, refused = crossvocabulary.encode_all(
             rows.load(job.rows), self.tokenizer, self.teacher_tokenizer, p.max_tokens
         )
@@ -290,7 +294,11 @@ class Classifiers(_Distiller):
 
         from residency.classifier import is_regression
 
-        config = AutoConfig.from_pretrained(self.job.model)
+        config = AutoConfig.from_pretrained(self.job.model, trust_remote_code=self.job.remote_code)
+        if is_regression(config):
+            self.what = "squared error to the teacher's number"
+        else:
+            check_classes(self.params.loss, self.loss, config.num_labels)
         classes = None if is_regression(config) else [config.id2label[i] for i in range(config.num_labels)]
         return tokens.encode_labelled(rows.load(self.job.rows), self.tokenizer, classes, self.params.max_tokens)
 
@@ -337,15 +345,14 @@ class Classifiers(_Distiller):
             self.facts["agreement_with_teacher"] = f"{before:.3f} → {after:.3f}"
 
 
-def _channels(found: width.Importance, student: Any) -> dict[str, Any]:
-    """How much of the measured importance the student keeps, per layer."""
+def _channels(found: width.Importance, student: Any, before: int) -> dict[str, Any]:
+    """How much of the measured importance the student keeps, per layer; `before` is how many key/value heads it had."""
     config = student.config
-    ffn = found.ffn.sort(1, descending=True).values
-    heads = found.heads.sort(1, descending=True).values
-
-    def share(table: torch.Tensor, keep: int) -> list[float]:
-        return [round(float(v), 4) for v in table[:, :keep].sum(1) / table.sum(1)]
-
+    F, H, G = config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+    tiny = torch.finfo(torch.float64).tiny  # a layer that adds nothing has no importance to share
+    ffn = found.ffn.sort(1, descending=True).values[:, :F].sum(1) / found.ffn.sum(1).clamp(min=tiny)
+    kept = torch.stack([row[width.choose_heads(row, before, H, G)[1]].sum() for row in found.heads])
+    heads = kept / found.heads.sum(1).clamp(min=tiny)
     x = list(range(len(ffn)))
     return {
         "kind": "lines",
@@ -353,8 +360,8 @@ def _channels(found: width.Importance, student: Any) -> dict[str, Any]:
         "xlabel": "layer",
         "ylabel": "share",
         "series": [
-            {"name": "feed-forward channels", "x": x, "y": share(ffn, config.intermediate_size)},
-            {"name": "query heads", "x": x, "y": share(heads, config.num_attention_heads)},
+            {"name": "feed-forward channels", "x": x, "y": [round(float(v), 4) for v in ffn]},
+            {"name": "query heads", "x": x, "y": [round(float(v), 4) for v in heads]},
         ],
     }
 

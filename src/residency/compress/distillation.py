@@ -24,7 +24,7 @@ from residency.compress.bild import BiLD
 from residency.compress.kl import KL
 from residency.compress.teacher import CachedTeacher, LiveTeacher, bild_of_top_k, first_words, kl_of_top_k
 from residency.errors import PlanError
-from residency.fusedhead import cross_entropy_sum
+from residency.fusedhead import cross_entropy_sum, fused_sum
 from residency.labelloss import label_loss
 from residency.objective import Head, Objective, Outputs, next_token_positions
 
@@ -60,7 +60,8 @@ class Distillation(Objective):
         loss: A loss with a fused form; from a top-k cache, KL at temperature 1 or teacher-led BiLD.
         teacher: Live or cached; a bare model is taken as live.
         label_weight: w, the weight of the cross-entropy on the reference answers; the BiLD paper uses none.
-        vocabulary: Compare only the first so many words, where one vocabulary extends or pads the other.
+        vocabulary: Compare only the first so many words, where one vocabulary extends or pads the other; what a larger
+            student gives to words beyond them is driven out (`outside_sum`).
 
     Raises:
         PlanError: From `forward`, when the vocabularies have different sizes.
@@ -108,18 +109,52 @@ class Distillation(Objective):
                     hint="word-by-word distillation needs one vocabulary; loss: uld does not",
                 )
             total, _ = self.loss.fused(student, head, teacher, teacher_head, targets)
+        if len(head.weight) < len(outputs.head.weight):
+            total = total + outside_sum(student, outputs.head, len(head.weight))
         if self.label_weight:
-            total = total + self.label_weight * cross_entropy_sum(student, head, targets)
+            total = total + self.label_weight * cross_entropy_sum(student, outputs.head, targets)
         return total, mask.sum()
 
 
-def check_top_k_loss(loss: Any) -> None:
+def outside_sum(hidden: Tensor, head: Head, shared: int) -> Tensor:
+    """Σ −log q(shared words): what KL to a teacher without the other words has beside the KL among the shared ones.
+
+    Without it nothing would keep a student with a larger vocabulary from saying words its teacher does not have.
+
+    Args:
+        hidden: [N, D] of the student; receives the gradient, as does `head`.
+        head: Weight [V, D].
+        shared: The first so many of the V words are the teacher's.
+    """
+
+    def row_loss(logits: Tensor, rows: slice, differentiate: bool) -> Tensor:
+        inside = logits[:, :shared]
+        total = (logits.logsumexp(1) - inside.logsumexp(1)).sum()
+        if differentiate:
+            among = inside.softmax(1)
+            logits.copy_(logits.softmax(1))
+            logits[:, :shared] -= among
+        return total
+
+    return fused_sum(hidden, head, row_loss)
+
+
+def check_top_k_loss(loss: Any, words: int = 0, vocabulary: int = 0) -> None:
     """Refuse a loss that a top-k cache cannot serve.
+
+    Args:
+        loss: The loss.
+        words: Words per token of the cache; 0 when not known.
+        vocabulary: Of the teacher; 0 when not known.
 
     Raises:
         PlanError: With what it lacks.
     """
+    if 0 < vocabulary < words:
+        raise PlanError(f"teacher-words: {words}, but the vocabulary has {vocabulary:,}")
     if isinstance(loss, BiLD) and loss.params.directions == "teacher":
+        if 0 < words < loss.params.k:
+            raise PlanError(f"BiLD compares {loss.params.k} words, and teacher-words is {words}")
         return
     if isinstance(loss, KL) and loss.params.temperature == 1:
         return

@@ -53,6 +53,8 @@ class StudentSection(Params):
             raise ValueError("give either `base`, or what to keep: `layers`, `hidden`, `heads`, `kv-heads`, `ffn`")
         if self.base is not None and self.model_fields_set & {"choose", "calibrate"}:
             raise ValueError("`choose` and `calibrate` belong to a student made from the current model, not to `base`")
+        if self.layers is None and "choose" in self.model_fields_set:
+            raise ValueError("`choose` says how layers are chosen, and `layers` is not given")
         return self
 
 
@@ -119,8 +121,14 @@ class Distill(Step):
     def tiny(self) -> Distill:
         """See `Step.tiny`."""
         update: dict[str, Any] = {"max_steps": 4, "batch": 4, "max_tokens": 1024}
-        if self.params.student.base is None:
-            update["student"] = StudentSection(layers=2, choose=self.params.student.choose, calibrate=2)
+        student = self.params.student
+        if student.base is None:
+            sizes = {"hidden": 16, "heads": 2, "kv_heads": 1, "ffn": 32}  # half of the tiny base's
+            keep: dict[str, Any] = {name: size for name, size in sizes.items() if student.width[name]}
+            depth = {"layers": 2, "choose": student.choose} if student.layers else {}
+            update["student"] = StudentSection.model_validate({"calibrate": 2} | keep | depth)
+        if self.params.teacher_cache == "top-k":
+            update["teacher_words"] = min(self.params.teacher_words, 200)
         return Distill(self.params.model_copy(update=update))
 
     def plan(self, state: State) -> Forecast:
@@ -133,7 +141,7 @@ class Distill(Step):
         elif p.teacher_cache == "top-k":
             from residency.compress.distillation import check_top_k_loss
 
-            check_top_k_loss(loss)
+            check_top_k_loss(loss, p.teacher_words, teacher.vocabulary)
         student, note = self._student_facts(state, loss)
         rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
         tokens = rows * state.tokens_per_row
@@ -163,11 +171,17 @@ class Distill(Step):
 
     def _check_classifier(self, teacher: ModelFacts) -> None:
         p = self.params
-        if teacher.architecture.endswith("Model") and not teacher.heads:
+        if not teacher.architecture.endswith("ForSequenceClassification"):
             raise PlanError(
-                "a probe on a frozen encoder cannot be distilled: it has one layer",
+                "a probe on a frozen encoder cannot be distilled",
                 hint="tune: {method: classify} makes a classifier that can",
             )
+        if "loss" not in p.model_fields_set:
+            raise PlanError(
+                "which loss? bild, the default, compares more words than most classifiers have classes",
+                hint="loss: kl",
+            )
+        check_classes(p.loss, self._loss(teacher), teacher.classes)
         for key in ("teacher_cache", "rank"):
             if key in p.model_fields_set and getattr(p, key) not in (None, "none"):
                 raise PlanError(f"`{key.replace('_', '-')}` is for language models; this model is a classifier")
@@ -176,7 +190,7 @@ class Distill(Step):
 
     def _student_facts(self, state: State, loss: Any) -> tuple[ModelFacts, tuple[str, ...]]:
         """What the student will be, before anything is computed."""
-        from residency.compress.width import Width
+        from residency.compress.width import Width, check_architecture
 
         p, teacher = self.params.student, state.model
         if p.base:
@@ -191,6 +205,7 @@ class Distill(Step):
             student = teacher.with_layers(p.layers)
             notes.append(f"{teacher.layers} → {p.layers} layers")
         if p.narrower:
+            check_architecture(teacher.architecture)
             sizes: dict[str, Any] = vars(
                 Width(**p.width).of(teacher.hidden, teacher.heads, teacher.kv_heads, teacher.ffn)
             )
@@ -203,17 +218,20 @@ class Distill(Step):
         """A student that is another checkpoint; the vocabularies are compared before any weight is loaded."""
         name = self.params.student.base
         if teacher.kind == "classifier":
-            if student.kind != "text-encoder" or student.tokenizer != teacher.tokenizer:
+            same = bool(student.tokenizer) and student.tokenizer == teacher.tokenizer
+            if student.kind != "text-encoder" or not same:
                 raise PlanError(
                     f"`{name}` is a {student.kind}; a classifier's student must be a text-encoder with its tokenizer"
                 )
-            return replace(student, kind="classifier"), ()
+            return replace(student, kind="classifier", architecture=teacher.architecture), ()
         if student.kind != "causal-lm":
             raise PlanError(f"the student `{name}` is a {student.kind}, not a causal-lm")
         relation = vocabularies(teacher, student)
         if relation.shared or not loss.one_vocabulary:
-            if not loss.one_vocabulary and self.params.teacher_cache != "none":
-                raise PlanError("a teacher's cache serves losses of one vocabulary", hint="teacher-cache: none")
+            if not relation.shared and self.params.teacher_cache != "none":
+                raise PlanError("a teacher's cache serves models of one vocabulary", hint="teacher-cache: none")
+            if relation.shared and relation.smaller == "teacher":  # whose tokenizer is saved with the student
+                student = replace(student, tokenizer=teacher.tokenizer, tokenizer_folder=teacher.tokenizer_folder)
             return student, (str(relation),)
         raise PlanError(
             f"teacher and student have different vocabularies ({teacher.vocabulary:,} and {student.vocabulary:,} "
@@ -261,6 +279,19 @@ def make_loss(name: str, settings: dict[str, Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RecipeError(f"loss-settings of `{name}`: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def check_classes(name: str, loss: Any, classes: int) -> None:
+    """Refuse losses that say nothing about so few classes (0: not known yet).
+
+    Raises:
+        PlanError: With what would do.
+    """
+    words = getattr(loss.params, "k", 0)
+    if 0 < classes < words:
+        raise PlanError(f"`{name}` compares {words} words, and there are {classes} classes", hint="loss: kl")
+    if classes == 2 and name == "normkd":
+        raise PlanError("`normkd` standardises the logits, which leaves nothing of two classes", hint="loss: kl")
 
 
 def vocabularies(teacher: ModelFacts, student: ModelFacts) -> Any:

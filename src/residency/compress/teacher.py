@@ -61,7 +61,7 @@ class TopK(NamedTuple):
 
 
 class LiveTeacher:
-    """A teacher that runs beside its student.
+    """A teacher that runs beside its student, in its own precision (the student's autocast does not reach it).
 
     Args:
         model: A causal language model; frozen and put into evaluation mode.
@@ -166,7 +166,8 @@ def record(
         raise PlanError("rows share an id, so a teacher's cache cannot tell them apart", hint="give every row its own")
     if what == "top-k" and not 1 <= k <= len(teacher.head.weight):
         raise PlanError(f"top-k of {k} words, the vocabulary has {len(teacher.head.weight):,}")
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder, *folder.parent.glob(f".tmp-*-{folder.name}")):  # of recordings that were killed
+        shutil.rmtree(left, ignore_errors=True)
     order = sorted(items, key=len)
     rows: dict[str, tuple[int, int]] = {}
     done = width = 0

@@ -8,8 +8,9 @@ the other. Four cases occur:
     extended    one tokenizer has all tokens of the other under the same ids, and more behind them
     different   anything else: another tokenizer
 
-In the first three the first `shared` rows of both heads are the same words, and a loss over those rows alone is exact;
-texts must be encoded with the smaller tokenizer, whose every token both models know. In the last, only losses that do
+In the first three the first `shared` rows of both heads are the same words and are compared; a student with more rows
+is besides taught to give the others no probability (`distillation.outside_sum`). Texts must be encoded with the smaller
+tokenizer, whose every token both models know. In the last, only losses that do
 not compare word by word can be used ("uld"). What decides is the map of token to id, not the name of the tokenizer.
 """
 

@@ -47,6 +47,9 @@ from residency.compress.relufy import install_thresholds
 from residency.errors import DataError, PlanError
 from residency.progress import Progress
 
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Where the sizes of the config and the names of the parameters are known to mean what they say here. Gemma, for one,
+scales its embeddings by the width, so that cutting it would change what enters the first layer."""
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _NORMS = ("layernorm", "norm")
 
@@ -213,7 +216,7 @@ def narrow(model: PreTrainedModel, importance: Importance, width: Width) -> PreT
     assert wanted.ffn is not None
     channels = _top(importance.hidden, wanted.hidden)
     inner = [_top(row, wanted.ffn) for row in importance.ffn]
-    chosen = [_heads(row, G, wanted.heads, wanted.kv_heads) for row in importance.heads]
+    chosen = [choose_heads(row, G, wanted.heads, wanted.kv_heads) for row in importance.heads]
     config.hidden_size, config.intermediate_size, config.head_dim = wanted.hidden, wanted.ffn, d
     config.num_attention_heads, config.num_key_value_heads = wanted.heads, wanted.kv_heads
     state = {}
@@ -246,7 +249,7 @@ def _top(importance: Tensor, keep: int) -> Tensor:
     return importance.sort(descending=True, stable=True).indices[:keep].sort().values
 
 
-def _heads(importance: Tensor, G: int, keep: int, keep_groups: int) -> tuple[Tensor, Tensor]:
+def choose_heads(importance: Tensor, G: int, keep: int, keep_groups: int) -> tuple[Tensor, Tensor]:
     """The kept key/value heads, and the kept query heads: equally many in each kept group."""
     by_group = importance.view(G, -1)
     groups = _top(by_group.sum(1), keep_groups)
@@ -285,15 +288,18 @@ def _axes(name: str, tensor: Tensor) -> str:
     )
 
 
+def check_architecture(name: str) -> None:
+    """Raise PlanError for a model that cannot be made narrower."""
+    if name not in ARCHITECTURES:
+        raise PlanError(
+            f"a {name} cannot be made narrower",
+            hint="width pruning knows llama, mistral, qwen2 and qwen3; fewer layers work for more models",
+        )
+
+
 def _sizes(model: PreTrainedModel) -> tuple[int, int, int, int]:
     """H, d, F, D of a model in the llama layout."""
-    _, layers = decoder(model)
-    attention, mlp = getattr(layers[0], "self_attn", None), getattr(layers[0], "mlp", None)
-    if not all(hasattr(attention, f"{p}_proj") for p in "qkvo") or not hasattr(mlp, "down_proj"):
-        raise PlanError(
-            f"a {type(model).__name__} cannot be made narrower: it has no q/k/v/o and gate/up/down projections",
-            hint="width pruning supports the llama layout: llama, mistral, qwen2, qwen3; depth works for more",
-        )
+    check_architecture(type(model).__name__)
     config: Any = model.config
     heads = config.num_attention_heads
     d = getattr(config, "head_dim", None) or config.hidden_size // heads

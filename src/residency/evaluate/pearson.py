@@ -58,7 +58,7 @@ class Pearson(Metric):
         return np.stack([np.ones(len(p)), p, t, p * p, t * t, p * t], axis=1)
 
     def statistic(self, totals: Array) -> Array:
-        """R [R] of sums [R, 6]."""
+        """Correlations [R] of sums [R, 6]."""
         n, p, t, pp, tt, pt = totals.T
         spread = np.maximum(n * pp - p * p, 0) * np.maximum(n * tt - t * t, 0)
         tiny = 1e-12 * np.maximum(n * pp, 0) * np.maximum(n * tt, 0)
