@@ -140,8 +140,8 @@ def encoder(data: list[dict], seeds: int, quick: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------ language
 
 
-def language(data: list[dict], seeds: int, quick: bool) -> dict[str, Any]:
-    """Nats per token, overlap and divergence per loss and seed."""
+def language(data: list[dict], seeds: int, quick: bool, wanted: list[str] | None, log: Path | None) -> dict[str, Any]:
+    """Nats per token, overlap and divergence per loss and seed; what the log holds already is not run again."""
     base = base_folder("smollm2-135m-instruct")
     tokenizer = bases.load_tokenizer(base)
     pad = tokenizer.pad_token_id
@@ -195,36 +195,40 @@ def language(data: list[dict], seeds: int, quick: bool) -> dict[str, Any]:
             "overlap@8": round(near.overlap[8], 5),
         }
 
-    arms = ["labels only", *ONE_VOCABULARY]
-    if quick:
-        arms = ["labels only", "kl", "bild"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    arms = ["labels only", "kl", "bild"] if quick else ["labels only", *ONE_VOCABULARY]
+    known: dict[str, Any] = store.read_json(log) if log and log.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         voice = LiveTeacher(teacher)
         record(voice, learn, Path(folder) / "teacher", address="benchmark", pad=pad, device=DEVICE)
         cached = CachedTeacher(Path(folder) / "teacher", voice.head, DEVICE)
         for seed in range(seeds):
             for name in arms:
+                if f"{name}/{seed}" in known or (seed and wanted and name not in wanted):
+                    continue
                 student.load_state_dict(begin)
                 student.requires_grad_(True)
                 objective: Any = CrossEntropy() if name == "labels only" else Distillation(make_loss(name, {}), cached)
                 began = time.perf_counter()
                 fit(student, objective, learn, seed, 2e-4, steps)
-                seconds[name].append(time.perf_counter() - began)
-                found[name].append(scores(student))
-                print(f"language seed {seed} {name:14} {found[name][-1]}", flush=True)
+                known[f"{name}/{seed}"] = scores(student) | {"seconds": round(time.perf_counter() - began, 1)}
+                print(f"language seed {seed} {name:14} {known[f'{name}/{seed}']}", flush=True)
+                if log:
+                    store.write_json(log, known)
         student.load_state_dict(begin)
         first, mine = scores(student), scores(teacher)
     measures = list(first)
+    ran = {name: [s for s in range(seeds) if f"{name}/{s}" in known] for name in arms}
     return {
         "task": f"MedQuAD answers, {len(learn)} rows, {steps} steps of 4, {len(test)} held out; 20 of 30 layers",
         "teacher": mine,
         "untrained_student": first,
         "kept_layers": keep,
         "losses": {
-            name: {m: summary([f[m] for f in found[name]], [f[m] for f in found["kl"]]) for m in measures}
-            | {"seconds_median": round(statistics.median(seconds[name]), 1)}
+            name: {
+                m: summary([known[f"{name}/{s}"][m] for s in ran[name]], [known[f"kl/{s}"][m] for s in ran[name]])
+                for m in measures
+            }
+            | {"seeds": len(ran[name])}
             for name in arms
         },
     }
@@ -249,6 +253,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a minute, writes nothing unless --out is given")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("encoder", "language"), default=None)
+    parser.add_argument("--losses", nargs="*", help="language: only these beyond the first seed (kl among them)")
+    parser.add_argument("--log", type=Path, help="language: keeps every finished run, to go on from")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     out = given.out or (None if given.quick else OUT)
@@ -263,9 +269,10 @@ def main() -> None:
     }
     if out and out.exists() and given.only:
         result |= {k: v for k, v in store.read_json(out).items() if k in ("encoder", "language")}
-    for name, part in (("encoder", encoder), ("language", language)):
+    parts: tuple[Any, ...] = (("encoder", encoder, ()), ("language", language, (given.losses, given.log)))
+    for name, part, more in parts:
         if given.only in (None, name):
-            result[name] = part(data, seeds, given.quick)
+            result[name] = part(data, seeds, given.quick, *more)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 store.write_json(out, result)

@@ -37,6 +37,10 @@ class TrainParams(Params):
     checkpoint_seconds: float = Field(60.0, ge=0)
     """A checkpoint at most this often; a killed training loses no more."""
 
+    def rows_seen(self, state: State) -> float:
+        """How many rows pass through the model, with repetition."""
+        return state.rows * self.epochs if self.max_steps is None else self.max_steps * self.batch * self.accumulate
+
 
 def activation_bytes(state: State, batch: int) -> int:
     """Rough bytes kept for the backward pass of one batch.

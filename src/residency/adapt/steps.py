@@ -43,7 +43,7 @@ class TuneLora(Step):
         """See `Step.plan`."""
         require_kind(state, ("causal-lm",), "tune")
         p, model = self.params, state.model
-        rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
+        rows = p.rows_seen(state)
         # forward, and backward through the activations only
         flops = 2 * model.flops_per_token() * rows * state.tokens_per_row
         peak = 4 * model.parameters + activation_bytes(state, p.batch)
@@ -140,7 +140,7 @@ class TuneClassify(Step):
                 f"max-tokens: {p.max_tokens}, but the encoder has {model.max_tokens} positions",
                 hint=f"max-tokens: {model.max_tokens} or less",
             )
-        rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
+        rows = p.rows_seen(state)
         tokens = min(state.tokens_per_row, p.max_tokens)
         peak = 16 * model.parameters + activation_bytes(state, p.batch)
         flops = 3 * model.flops_per_token() * rows * tokens

@@ -143,7 +143,7 @@ class Distill(Step):
 
             check_top_k_loss(loss, p.teacher_words, teacher.vocabulary)
         student, note = self._student_facts(state, loss)
-        rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
+        rows = p.rows_seen(state)
         tokens = rows * state.tokens_per_row
         asked = tokens if p.teacher_cache == "none" else state.rows * state.tokens_per_row
         backward = 3 if p.rank is None else 2

@@ -105,7 +105,7 @@ class MergeHeads(Step):
                 else "the model has one already: drop the step",
             )
         after = merged_facts(before, p.kv_heads)
-        rows = (state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate) * p.train
+        rows = p.rows_seen(state) * p.train
         flops = rows * state.tokens_per_row * (before.flops_per_token() + 3 * after.flops_per_token())
         passes = {"auto": 14, "fitted": 6, "lowrank": 4, "procrustes": 3, "mean": 2}[
             "procrustes" if p.gradual else p.merge

@@ -105,7 +105,7 @@ class Sparsify(Step):
                 f"a {model.architecture} has no plain gated feed-forward layers to make sparse",
                 hint="supported are models with gate_proj, up_proj and down_proj: llama, qwen2, qwen3, mistral, gemma",
             )
-        rows = state.rows * p.epochs if p.max_steps is None else p.max_steps * p.batch * p.accumulate
+        rows = p.rows_seen(state)
         passes = 3 + (p.loss == "kl")
         candidates = 1 if p.threshold != "auto" else fatrelu.GRID + fatrelu.REFINE + 2
         tokens = rows * state.tokens_per_row * passes + (candidates + 1) * p.calibrate * state.tokens_per_row
