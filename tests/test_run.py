@@ -126,6 +126,18 @@ def test_the_second_run_takes_under_five_seconds_from_the_shell(copy):
     assert min(took) < 5
 
 
+def test_planning_imports_no_torch(copy):
+    """Or a second run would take seconds to say that nothing is to be done."""
+    folder, _ = copy
+    text = (folder / "recipe.yaml").read_text()
+    more = "  - merge-heads: {kv-heads: 1, train: false}\n  - sparsify: {max-steps: 2}\n  - evaluate:"
+    (folder / "recipe.yaml").write_text(text.replace("  - evaluate:", more))
+    code = "import sys; from residency import plan, recipe; plan.make(recipe.load(sys.argv[1])); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder / "recipe.yaml")], check=False)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("old", "new", "computed"),
     [

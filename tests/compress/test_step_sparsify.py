@@ -193,3 +193,10 @@ def test_the_tiny_form_and_empty_rows(tmp_path):
         step(max_tokens=8).run(work)
     assert len(work.quarantine) == 2
     assert not torch.is_inference_mode_enabled()
+
+
+def test_the_plans_count_of_candidates_is_the_methods():
+    from residency.compress import fatrelu
+    from residency.compress.step_sparsify import CANDIDATES
+
+    assert fatrelu.GRID + fatrelu.REFINE + 2 == CANDIDATES

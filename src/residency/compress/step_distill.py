@@ -135,14 +135,15 @@ class Distill(Step):
         """See `Step.plan`."""
         require_kind(state, ("causal-lm", "classifier"), "distill")
         p, teacher = self.params, state.model
-        loss = self._loss(teacher)
         if teacher.kind == "classifier":
             self._check_classifier(teacher)
         elif p.teacher_cache == "top-k":
             from residency.compress.distillation import check_top_k_loss
 
-            check_top_k_loss(loss, p.teacher_words, teacher.vocabulary)
-        student, note = self._student_facts(state, loss)
+            check_top_k_loss(self._loss(teacher), p.teacher_words, teacher.vocabulary)
+        elif p.loss_settings or p.loss == "sinkd":  # a loss as its paper has it needs no look, and torch no import
+            self._loss(teacher)
+        student, note = self._student_facts(state)
         rows = p.rows_seen(state)
         tokens = rows * state.tokens_per_row
         asked = tokens if p.teacher_cache == "none" else state.rows * state.tokens_per_row
@@ -188,13 +189,11 @@ class Distill(Step):
         if p.student.narrower:
             raise PlanError("a classifier's student has fewer layers, not less width", hint="student: {layers: 3}")
 
-    def _student_facts(self, state: State, loss: Any) -> tuple[ModelFacts, tuple[str, ...]]:
+    def _student_facts(self, state: State) -> tuple[ModelFacts, tuple[str, ...]]:
         """What the student will be, before anything is computed."""
-        from residency.compress.width import Width, check_architecture
-
         p, teacher = self.params.student, state.model
         if p.base:
-            return self._other(teacher, state.others["student"], loss)
+            return self._other(teacher, state.others["student"])
         student, notes = teacher, []
         if p.layers is not None:
             if p.layers > teacher.layers or (p.layers == teacher.layers and not p.narrower):
@@ -205,6 +204,8 @@ class Distill(Step):
             student = teacher.with_layers(p.layers)
             notes.append(f"{teacher.layers} → {p.layers} layers")
         if p.narrower:
+            from residency.compress.width import Width, check_architecture
+
             check_architecture(teacher.architecture)
             sizes: dict[str, Any] = vars(
                 Width(**p.width).of(teacher.hidden, teacher.heads, teacher.kv_heads, teacher.ffn)
@@ -214,7 +215,7 @@ class Distill(Step):
             student = student.with_width(**sizes)
         return student, tuple(notes)
 
-    def _other(self, teacher: ModelFacts, student: ModelFacts, loss: Any) -> tuple[ModelFacts, tuple[str, ...]]:
+    def _other(self, teacher: ModelFacts, student: ModelFacts) -> tuple[ModelFacts, tuple[str, ...]]:
         """A student that is another checkpoint; the vocabularies are compared before any weight is loaded."""
         name = self.params.student.base
         if teacher.kind == "classifier":
@@ -227,7 +228,7 @@ class Distill(Step):
         if student.kind != "causal-lm":
             raise PlanError(f"the student `{name}` is a {student.kind}, not a causal-lm")
         relation = vocabularies(teacher, student)
-        if relation.shared or not loss.one_vocabulary:
+        if relation.shared or self.params.loss == "uld":
             if not relation.shared and self.params.teacher_cache != "none":
                 raise PlanError("a teacher's cache serves models of one vocabulary", hint="teacher-cache: none")
             if relation.shared and relation.smaller == "teacher":  # whose tokenizer is saved with the student

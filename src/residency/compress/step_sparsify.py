@@ -28,6 +28,11 @@ UNGATED = (
 """Beginnings of architectures without gate_proj and up_proj, so that a plan can refuse them before weights are read."""
 
 
+CANDIDATES = 14
+"""Thresholds that an automatic choice measures at most (`fatrelu.GRID` + `REFINE` + 2); said here, a plan needs no
+torch."""
+
+
 class SparsifyParams(TrainParams):
     """Keys of `sparsify`."""
 
@@ -96,8 +101,6 @@ class Sparsify(Step):
 
     def plan(self, state: State) -> Forecast:
         """See `Step.plan`."""
-        from residency.compress import fatrelu
-
         require_kind(state, ("causal-lm",), "sparsify")
         p, model = self.params, state.model
         if model.architecture.startswith(UNGATED) or "Moe" in model.architecture or "Mixtral" in model.architecture:
@@ -107,7 +110,7 @@ class Sparsify(Step):
             )
         rows = p.rows_seen(state)
         passes = 3 + (p.loss == "kl")
-        candidates = 1 if p.threshold != "auto" else fatrelu.GRID + fatrelu.REFINE + 2
+        candidates = 1 if p.threshold != "auto" else CANDIDATES
         tokens = rows * state.tokens_per_row * passes + (candidates + 1) * p.calibrate * state.tokens_per_row
         # weights, gradient and AdamW's two moments, and the teacher's weights, all float32
         copies = 4 + (p.loss == "kl")
