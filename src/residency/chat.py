@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ class Chat:
         self.name, self.max_tokens, self.device = name, max_tokens, device
         self.tokenizer = bases.load_tokenizer(folder)
         self.model = bases.load_causal_lm(folder, device)
+        self._fast = contextlib.ExitStack()  # for as long as the conversation lives, not anew for each answer
+        self._fast.enter_context(bases.decoding(self.model))
         self.turns: list[dict[str, str]] = []
 
     @classmethod
@@ -68,7 +71,7 @@ class Chat:
 
         def generate() -> None:
             try:
-                with torch.inference_mode(), bases.decoding(self.model):
+                with torch.inference_mode():
                     self.model.generate(
                         input_ids=ids["input_ids"],
                         attention_mask=ids["attention_mask"],

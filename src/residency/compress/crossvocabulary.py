@@ -26,8 +26,8 @@ from typing import Any
 from torch import Tensor
 
 from residency import tokens
-from residency.compress.distillation import PairLoss
-from residency.compress.teacher import LiveTeacher, last_hidden
+from residency.compress.divergence import Divergence
+from residency.compress.teacher import LiveTeacher
 from residency.compress.uld import aligned_positions
 from residency.errors import DataError
 from residency.fusedhead import cross_entropy_sum
@@ -123,25 +123,20 @@ class CrossVocabulary(Objective):
 
     wants = "hidden"
 
-    def __init__(self, loss: PairLoss, teacher: Any, label_weight: float = 0.0) -> None:
+    def __init__(self, loss: Divergence, teacher: Any, label_weight: float = 0.0) -> None:
         super().__init__()
         self.loss, self.label_weight = loss, label_weight
         self._teacher = [LiveTeacher(teacher)]  # a list keeps it out of parameters() and state_dict()
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, trained tokens)."""
-        import torch
-
         assert outputs.hidden is not None
         assert outputs.head is not None
         row, mine, theirs = batch["pairs"].unbind(1)
         teacher = self._teacher[0]
-        with torch.no_grad():
-            heard = last_hidden(
-                teacher.model,
-                {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]},
-            )[row, theirs]
-        total, _ = self.loss.fused(outputs.hidden[row, mine], outputs.head, heard, teacher.head)
+        heard = {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]}
+        said = teacher.all_hidden(heard)[row, theirs]
+        total, _ = self.loss.fused(outputs.hidden[row, mine], outputs.head, said, teacher.head)
         mask, targets = next_token_positions(batch["labels"])
         if self.label_weight:
             total = total + self.label_weight * cross_entropy_sum(outputs.hidden[mask], outputs.head, targets)

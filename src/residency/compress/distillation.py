@@ -15,39 +15,19 @@ The teacher is frozen, in evaluation mode, and no part of the objective's state:
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from residency.compress.bild import BiLD
+from residency.compress.divergence import Divergence
 from residency.compress.kl import KL
 from residency.compress.teacher import CachedTeacher, LiveTeacher, bild_of_top_k, first_words, kl_of_top_k
 from residency.errors import PlanError
 from residency.fusedhead import cross_entropy_sum, fused_sum
 from residency.labelloss import label_loss
 from residency.objective import Head, Objective, Outputs, next_token_positions
-
-
-class PairLoss(Protocol):
-    """What every distillation loss offers (see `divergence.Divergence`)."""
-
-    def dense(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(sum, count) of logits [N, V]."""
-        ...
-
-    def fused(
-        self,
-        student_hidden: Tensor,
-        student_head: Head,
-        teacher_hidden: Tensor,
-        teacher_head: Head,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(sum, count) over N tokens."""
-        ...
 
 
 class Distillation(Objective):
@@ -71,7 +51,7 @@ class Distillation(Objective):
 
     def __init__(
         self,
-        loss: PairLoss,
+        loss: Divergence,
         teacher: Any,
         label_weight: float = 0.0,
         vocabulary: int | None = None,
@@ -177,7 +157,7 @@ class HeadDistillation(Objective):
 
     wants = "logits"
 
-    def __init__(self, loss: PairLoss, teacher: Any, label_weight: float = 0.0) -> None:
+    def __init__(self, loss: Divergence, teacher: Any, label_weight: float = 0.0) -> None:
         super().__init__()
         self.loss, self.label_weight = loss, label_weight
         self._teacher = [teacher.requires_grad_(False).eval()]

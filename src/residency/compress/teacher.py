@@ -71,11 +71,18 @@ class LiveTeacher:
     def __init__(self, model: Any, vocabulary: int | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.head = head_of(model, vocabulary)
+        self._checked = False
 
-    @torch.no_grad()
     def hidden(self, batch: dict[str, Any], mask: Tensor) -> Tensor:
         """Last hidden states [N, D] at the positions where mask [B, T] is true, row by row."""
-        return last_hidden(self.model, batch)[mask]
+        return self.all_hidden(batch)[mask]
+
+    @torch.no_grad()
+    def all_hidden(self, batch: dict[str, Any]) -> Tensor:
+        """Last hidden states [B, T, D]; the first call makes sure that the logits are their head's, and no more."""
+        last = last_hidden(self.model, batch, check=not self._checked)
+        self._checked = True
+        return last
 
 
 class CachedTeacher:
@@ -210,8 +217,13 @@ def head_of(model: Any, vocabulary: int | None = None) -> Head:
     return first_words(Head(embedding.weight, getattr(embedding, "bias", None)), vocabulary)
 
 
-def last_hidden(model: Any, batch: dict[str, Any]) -> Tensor:
+def last_hidden(model: Any, batch: dict[str, Any], *, check: bool = True) -> Tensor:
     """What a language model's head is applied to, [B, T, D].
+
+    Args:
+        model: A causal language model.
+        batch: `input_ids` and `attention_mask` [B, T].
+        check: Whether to compare the head's logits with the model's own.
 
     Raises:
         ResidencyError: When the model changes its logits after the head.
@@ -225,7 +237,8 @@ def last_hidden(model: Any, batch: dict[str, Any]) -> Tensor:
         output_hidden_states=True,
         logits_to_keep=1,
     )
-    check_head(head_of(model), result.hidden_states[-1], result.logits)
+    if check:
+        check_head(head_of(model), result.hidden_states[-1], result.logits)
     return result.hidden_states[-1]
 
 

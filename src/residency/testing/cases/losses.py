@@ -9,15 +9,17 @@ from residency.catalog import load
 from residency.testing.roles import PairLossCase
 
 
-class BiLDCase(PairLossCase):
-    """Reference: the definition in plain Python, one pair at a time."""
+class DivergenceCase(PairLossCase):
+    """What the cases of `compress.divergence` share: the method's class with its default parameters."""
 
-    name = "bild"
+    object: ClassVar[str]
+
+    @property
+    def params(self) -> Any:
+        return load(self.object).Params
 
     def _loss(self) -> Any:
-        from residency.compress.bild import BiLD
-
-        return BiLD()
+        return load(self.object)()
 
     def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         return self._loss().dense(student, teacher)
@@ -26,6 +28,21 @@ class BiLDCase(PairLossCase):
         self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None
     ) -> tuple[Any, Any]:
         return self._loss().fused(student, head, teacher, teacher_head, chunk_bytes=chunk_bytes)
+
+    def reference(self, student: Any, teacher: Any) -> float:
+        rows = zip(student.tolist(), teacher.tolist(), strict=True)
+        return math.fsum(self.token(s, t) for s, t in rows)
+
+    def token(self, s: list[float], t: list[float]) -> float:
+        """The loss of one token, in Python floats: student and teacher logits."""
+        raise NotImplementedError("abstract: the reference of one token")
+
+
+class BiLDCase(DivergenceCase):
+    """Reference: the definition in plain Python, one pair at a time."""
+
+    name = "bild"
+    object = "residency.compress.bild:BiLD"
 
     def reference(self, student: Any, teacher: Any) -> float:
         total = 0.0
@@ -55,58 +72,17 @@ class BiLDCase(PairLossCase):
         raise AssertionError("accepted k=2")
 
 
-class KLCase(PairLossCase):
+class KLCase(DivergenceCase):
     """Reference: torch.nn.functional.kl_div."""
 
     name = "kl"
-
-    def _loss(self) -> Any:
-        from residency.compress.kl import KL
-
-        return KL()
-
-    def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
-        return self._loss().dense(student, teacher)
-
-    def fused(
-        self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None
-    ) -> tuple[Any, Any]:
-        return self._loss().fused(student, head, teacher, teacher_head, chunk_bytes=chunk_bytes)
+    object = "residency.compress.kl:KL"
 
     def reference(self, student: Any, teacher: Any) -> float:
         from torch.nn.functional import kl_div
 
         guess, target = student.log_softmax(-1), teacher.log_softmax(-1)
         return float(kl_div(guess, target, log_target=True, reduction="sum"))
-
-
-class DivergenceCase(PairLossCase):
-    """What the cases of `compress.divergence` share: the method's class with its default parameters."""
-
-    object: ClassVar[str]
-
-    @property
-    def params(self) -> Any:
-        return load(self.object).Params
-
-    def _loss(self) -> Any:
-        return load(self.object)()
-
-    def dense(self, student: Any, teacher: Any) -> tuple[Any, Any]:
-        return self._loss().dense(student, teacher)
-
-    def fused(
-        self, student: Any, head: Any, teacher: Any, teacher_head: Any, chunk_bytes: int | None
-    ) -> tuple[Any, Any]:
-        return self._loss().fused(student, head, teacher, teacher_head, chunk_bytes=chunk_bytes)
-
-    def reference(self, student: Any, teacher: Any) -> float:
-        rows = zip(student.tolist(), teacher.tolist(), strict=True)
-        return math.fsum(self.token(s, t) for s, t in rows)
-
-    def token(self, s: list[float], t: list[float]) -> float:
-        """The loss of one token, in Python floats: student and teacher logits."""
-        raise NotImplementedError("abstract: the reference of one token")
 
 
 def _kl(log_p: list[float], log_q: list[float]) -> float:
