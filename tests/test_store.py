@@ -190,3 +190,30 @@ def test_addresses_do_not_depend_on_key_order_and_refuse_nan():
 def test_timeless_leaves_out_what_differs_from_run_to_run():
     record = {"time": 1, "steps": [{"measured": {"s": 1}, "summary": {"time_budget": 3}}], "a": {"measured": 2, "b": 1}}
     assert store.timeless(record) == {"steps": [{"summary": {"time_budget": 3}}], "a": {"b": 1}}
+
+
+def test_linked_folders_share_bytes_and_copies_do_not(tmp_path, monkeypatch):
+    source = tmp_path / "model"
+    (source / "draft").mkdir(parents=True)
+    (source / "w.bin").write_text("weights")
+    (source / "draft" / "w.bin").write_text("small")
+    (source / ".hidden").write_text("x")
+    (source / "alias.bin").symlink_to(source / "w.bin")
+    store.link_folder(source, tmp_path / "linked")
+    assert sorted(str(p.relative_to(tmp_path / "linked")) for p in (tmp_path / "linked").rglob("*") if p.is_file()) == [
+        "alias.bin",
+        "draft/w.bin",
+        "w.bin",
+    ]
+    assert (tmp_path / "linked" / "w.bin").stat().st_ino == (source / "w.bin").stat().st_ino
+    assert not (tmp_path / "linked" / "alias.bin").is_symlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "across file systems")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store.link_folder(source, tmp_path / "copied")
+    assert (tmp_path / "copied" / "w.bin").stat().st_ino != (source / "w.bin").stat().st_ino
+    assert (tmp_path / "copied" / "draft" / "w.bin").read_text() == "small"
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.link_folder(source, tmp_path / "copied")

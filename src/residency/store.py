@@ -145,6 +145,31 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Give `target` the files of `source` without a second copy on the disk where hard links allow it.
+
+    Finished steps are never modified in place, so two of them may share a file's bytes. Across file systems, or where
+    links are refused, the files are copied. Hidden files stay behind.
+
+    Args:
+        source: An existing folder; links to files are followed.
+        target: Made when missing; files of the same name are an error.
+    """
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        name = file.relative_to(source)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(place):
+            if place.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+            try:
+                os.link(file.resolve(), place)
+            except OSError:
+                shutil.copyfile(file, place)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a JSON value (see `write_text`)."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))

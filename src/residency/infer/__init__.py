@@ -1,0 +1,1 @@
+"""Faster and longer answers from the same weights: drafting ahead, keeping less."""
