@@ -1,0 +1,83 @@
+"""Linear layers whose weights lie in the order in which the processor reads them: the same product, sooner.
+
+Decoding reads every weight once per step, so a step should cost what reading the weights costs, whether it brings one
+token or the eight nodes of a tree. `torch.nn.functional.linear` on a CPU is far from that for few rows: measured here
+(AMD EPYC, 2 threads, all layers of SmolLM2-135M, float32) 36 ms for one row and 52 ms for eight. oneDNN's kernels with
+weights reordered in advance ("packed") need 20 and 19 ms. Packing costs a second copy of the weights in memory and
+some tens of milliseconds, once.
+
+`packed(model)` gives every plain `nn.Linear` of a model on a CPU such a copy for the duration of a `with` block, and
+takes it away again; layers of other classes, other devices and training are left as they are. Results agree with the
+plain ones to rounding (about 1e-6 relative).
+
+Uses `torch.ops.mkldnn._linear_pointwise`, which torch's own compiler emits; where a build of torch lacks it, the block
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TYPICAL_ROWS = 8
+"""Rows per pass that the packed order is chosen for; any number works."""
+
+
+def available() -> bool:
+    """Whether this build of torch has the packed kernels."""
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def pack(weight: Tensor, rows: int = TYPICAL_ROWS) -> Tensor:
+    """A weight [out, in] in the kernel's own order (opaque: only `linear` can read it)."""
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+    return reordered
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply with a packed weight: [..., in] → [..., out]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with packed linear layers, for inference inside the block.
+
+    Args:
+        model: Any module; changed in place and restored.
+
+    Yields:
+        The same model.
+    """
+    taken: list[nn.Module] = []
+    try:
+        if available():
+            with torch.no_grad():
+                for layer in model.modules():
+                    if _suits(layer):
+                        forward: Any = partial(_forward, layer, pack(layer.weight))  # type: ignore[arg-type]
+                        layer.forward = forward
+                        taken.append(layer)
+        yield model
+    finally:
+        for layer in taken:
+            layer.__dict__.pop("forward", None)
+
+
+def _suits(layer: nn.Module) -> bool:
+    """Plain linear layers in float32 or bfloat16 on a CPU, not packed (or otherwise replaced) already."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or not layer.weight.numel():
+        return False
+    return layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or x.dtype != layer.weight.dtype or not x.numel():
+        return nn.functional.linear(x, layer.weight, layer.bias)
+    return linear(x, weight, layer.bias)
