@@ -7,19 +7,17 @@ weights of a language model are loaded.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from residency import embedded, store
 from residency.catalog import nearest
-from residency.errors import DataError, MissingError, PlanError, RecipeError
+from residency.errors import DataError, MissingError, RecipeError
 from residency.step import Kind, ModelFacts
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -247,25 +245,6 @@ def load_causal_lm(folder: Path, device: str = "cpu", *, remote_code: bool = Fal
 
         install_thresholds(model)
     return model.to(device=device).eval()
-
-
-@contextlib.contextmanager
-def decoding(model: Any) -> Iterator[Any]:
-    """The model as it decodes fastest: skipping silent units where it was made sparse (see `compress.sparseffn`)."""
-    text = model.config.get_text_config()
-    if "relu" not in (getattr(text, "hidden_act", None), getattr(text, "hidden_activation", None)):
-        yield model
-        return
-    from residency.compress.relufy import thresholds
-    from residency.compress.sparseffn import sparse_decoding
-
-    try:
-        thresholds(model)
-    except PlanError:  # ReLU, but no gated layers
-        yield model
-        return
-    with sparse_decoding(model):
-        yield model
 
 
 def load_classifier(folder: Path, device: str = "cpu", *, remote_code: bool = False, **config: Any) -> Any:

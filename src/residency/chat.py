@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from residency import bases
+from residency import bases, decoding
 from residency.errors import PlanError
 
 
@@ -28,7 +28,7 @@ class Chat:
         self.tokenizer = bases.load_tokenizer(folder)
         self.model = bases.load_causal_lm(folder, device)
         self._fast = contextlib.ExitStack()  # for as long as the conversation lives, not anew for each answer
-        self._fast.enter_context(bases.decoding(self.model))
+        self.options = self._fast.enter_context(decoding.prepared(folder, self.model))
         self.turns: list[dict[str, str]] = []
 
     @classmethod
@@ -79,6 +79,7 @@ class Chat:
                         do_sample=False,
                         streamer=streamer,
                         pad_token_id=self.tokenizer.pad_token_id,
+                        **self.options,
                     )
             except BaseException as error:
                 failure.append(error)

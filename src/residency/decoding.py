@@ -3,7 +3,7 @@
 What a recipe leaves beside a checkpoint (`draft/`, `cache.json`) changes how it is decoded and not what it is. This
 module is where chat and evaluation find it:
 
-    with decoding.fast(model), decoding.saved(folder, model) as options:
+    with decoding.prepared(folder, model) as options:
         model.generate(ids, **options)
 """
 
@@ -22,15 +22,35 @@ DRAFT = "draft"
 
 
 @contextlib.contextmanager
-def fast(model: Any) -> Iterator[Any]:
-    """The model with its feed-forward layers skipping silent units (where it was made sparse) and weights packed.
+def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
+    """A model as it decodes best, inside the block.
 
-    Same results to rounding; a second copy of the weights while the block lasts.
+    Its feed-forward layers skip silent units where it was made sparse, and its weights are packed: the same results to
+    rounding, at the price of a second copy of the weights. A draft that stands beside it guesses ahead.
+
+    Args:
+        folder: The model's folder.
+        model: The model, loaded.
+
+    Yields:
+        What to give to `generate`; nothing for an ordinary checkpoint.
+
+    Raises:
+        DataError: When what stands beside the model cannot be read or belongs to another one.
     """
     from residency.packed import packed
 
-    with _sparse(model), packed(model):
-        yield model
+    options: dict[str, Any] = {}
+    parts = [model]
+    if has_draft(folder):
+        from residency.infer import saveddraft
+
+        drafted = saveddraft.load(folder, model)
+        drafter: Any = drafted.drafter
+        parts += [drafter, drafter.head]
+        options["custom_generate"] = drafted
+    with _sparse(model), packed(*parts):
+        yield options
 
 
 @contextlib.contextmanager
@@ -49,27 +69,6 @@ def _sparse(model: Any) -> Iterator[None]:
         return
     with sparse_decoding(model):
         yield
-
-
-def saved(folder: Path, model: Any, instruction_tokens: int | None = None) -> dict[str, Any]:
-    """What `generate` should be given for a model whose folder says how to decode it.
-
-    A draft is used as long as the context fits the cache's budget; a longer one is evicted from, without drafting.
-
-    Args:
-        folder: The model's folder.
-        model: The model, loaded.
-        instruction_tokens: How many tokens at the end of the prompt are the question (for eviction).
-
-    Returns:
-        Keyword arguments, empty for an ordinary checkpoint.
-    """
-    found: dict[str, Any] = {}
-    if (folder / DRAFT / "config.json").exists():
-        from residency.infer import saveddraft
-
-        found["custom_generate"] = saveddraft.load(folder, model)
-    return found
 
 
 def has_draft(folder: Path) -> bool:

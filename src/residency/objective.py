@@ -53,12 +53,13 @@ class Outputs:
 class Objective(nn.Module):
     """A loss that returns (sum, count).
 
-    `wants` tells the training loop which form of `Outputs` to produce: "logits" or "hidden". Parameters of the
+    `wants` tells the training loop which form of `Outputs` to produce: "logits", "hidden", or "nothing" where the batch
+    holds all that is needed and the objective calls what is trained itself. Parameters of the
     objective itself (a projection, masks) are trained along with the model, and its whole `state_dict` is part of
     every checkpoint, so that a resumed training finds queues and prototypes as they were.
     """
 
-    wants: ClassVar[Literal["logits", "hidden"]] = "logits"
+    wants: ClassVar[Literal["logits", "hidden", "nothing"]] = "logits"
 
     def begin_step(self, step: int, steps: int) -> None:
         """Prepare optimiser step `step`, counted from 0, of `steps`; schedules live here."""

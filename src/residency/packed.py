@@ -46,25 +46,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def packed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with packed linear layers, for inference inside the block.
+def packed(*models: nn.Module) -> Iterator[None]:
+    """Models with packed linear layers, for inference inside the block.
 
     Args:
-        model: Any module; changed in place and restored.
-
-    Yields:
-        The same model.
+        models: Any modules; changed in place and restored.
     """
     taken: list[nn.Module] = []
     try:
         if available():
             with torch.no_grad():
-                for layer in model.modules():
+                for layer in (layer for model in models for layer in model.modules()):
                     if _suits(layer):
                         forward: Any = partial(_forward, layer, pack(layer.weight))  # type: ignore[arg-type]
                         layer.forward = forward
                         taken.append(layer)
-        yield model
+        yield
     finally:
         for layer in taken:
             layer.__dict__.pop("forward", None)

@@ -132,10 +132,18 @@ def make(recipe: Recipe) -> Plan:
         nodes.append(Node(f"{of}.exam", exam, address, inputs, forecast, _params(exam), name=catalog.EXAM_STEP, of=of))
 
     examine("00-base", state)
+    beside = ""  # the last step that put something beside the model's weights
     for i, entry in enumerate(e for e in recipe.steps if e.name != catalog.EXAM_STEP):
         index = recipe.steps.index(entry)
         where = recipe.where("steps", index, entry.name)
         label = f"{i + 1:02d}-{entry.name}"
+        if beside and "model" in entry.step.gives and not entry.step.beside:
+            raise PlanError(
+                f"`{entry.name}` makes another model, and what `{beside}` puts beside this one would be lost",
+                where=where,
+                hint=f"move `{entry.name}` before `{beside}`",
+            )
+        beside = entry.name if entry.step.beside else beside
         inputs = {port: ports[port] for port in sorted(entry.step.reads & {"model", "rows"})}
         if {"examples", "test"} & entry.step.reads or entry.step.sources():
             inputs["data"] = data_address

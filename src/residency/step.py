@@ -222,12 +222,15 @@ class Step(ABC):
         reads: Ports whose content the result depends on, of "model", "rows", "examples", "test", "guard".
         gives: Ports it replaces, of "model", "rows".
         method: Name of the catalogue row of the method it applies, or None.
+        beside: Whether it leaves the weights alone and puts something beside them, which a step that makes another
+            model would lose; `plan` refuses that order.
     """
 
     version: ClassVar[int] = 1
     Params: ClassVar[type[ParamsModel]]
     reads: ClassVar[frozenset[str]] = frozenset({"model", "rows"})
     gives: ClassVar[frozenset[str]] = frozenset()
+    beside: ClassVar[bool] = False
 
     def __init__(self, params: ParamsModel) -> None:
         self.params = params

@@ -291,6 +291,8 @@ class _ObjectiveTrainer(Trainer):
 
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> Outputs:
         given = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        if self.objective.wants == "nothing":
+            return Outputs()
         if self.objective.wants == "logits":
             if self.accelerator.unwrap_model(model).get_output_embeddings() is not None:
                 given["use_cache"] = False

@@ -163,7 +163,9 @@ def test_a_processor_of_the_user_and_a_streamer(model):
 
     odd, keep = LogitsProcessorList([Odd()]), Keep()
     theirs = plain(model, logits_processor=odd)
-    assert torch.equal(plain(model, custom_generate=Drafted(Clover(model)), logits_processor=odd, watch=keep), theirs)
+    assert torch.equal(
+        plain(model, custom_generate=Drafted(Clover(model)), logits_processor=odd, streamer=keep), theirs
+    )
     assert keep.got == theirs[0].tolist()
     assert keep.ended
 

@@ -11,24 +11,21 @@ from residency import tokens, train
 from residency.infer.clover import Clover, Clover2, CloverParams
 from residency.infer.drafted import Drafted
 from residency.infer.drafter import final_norm
-from residency.infer.draftloss import DraftLoss, DraftWeights
+from residency.infer.draftloss import DraftLoss, DraftWeights, collate_thoughts, record
 from residency.infer.medusa import Medusa
 from residency.infer.tree import StaticTree
-from residency.objective import IGNORE, Outputs
+from residency.objective import Outputs
 from residency.trainparams import TrainParams
 
 
-def run(model, loss, batch):
-    out = model(batch["input_ids"], attention_mask=batch.get("attention_mask"), output_hidden_states=True)
-    return loss(Outputs(hidden=out.hidden_states[-1]), batch)
-
-
-def batch_of(rows, prompt=3):
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    labels = torch.tensor([[IGNORE] * prompt + row[prompt:] + [IGNORE] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+def loss_of(model, drafter, rows, weights=None):
+    """(sum, count) of a batch of texts."""
+    thoughts = record(model, [tokens.Encoded(str(i), tuple(row[:1]), tuple(row[1:])) for i, row in enumerate(rows)], 0)
+    loss = DraftLoss(drafter.attach(model), weights)
+    batch = collate_thoughts(thoughts, 0)
+    total, count = loss(Outputs(), batch)
+    assert int(count) == loss.count(batch)
+    return total, count
 
 
 ROWS = [[5, 9, 33, 12, 7, 41, 3, 3, 18], [60, 2, 14, 9, 25, 31]]
@@ -41,8 +38,7 @@ def test_equals_plain_loops(soft, ids):
     torch.manual_seed(0)
     drafter = Clover2(model, CloverParams(heads=3), ids)
     weights = DraftWeights(decay=0.6, value=3.0, word=0.5, soft=soft)
-    loss = DraftLoss(model, drafter, weights)
-    total, count = run(model, loss, batch_of(ROWS))
+    total, count = loss_of(model, drafter, ROWS, weights)
     expected, counted = 0.0, 0
     V = 61 if ids is None else len(ids)
     head = model.lm_head.weight[:V]
@@ -51,11 +47,11 @@ def test_equals_plain_loops(soft, ids):
         hook = final_norm(model).register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0]))
         n = model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1][0]
         hook.remove()
-        following = torch.tensor([row[1:] + [0, 0, 0]])
+        following = torch.tensor([[*row[1:], 0, 0, 0]])
         for i, out in enumerate(drafter.unroll(kept[0], following, None)):
             for t in range(len(row)):
                 target = t + 2 + i
-                if not 3 <= target < len(row):
+                if target >= len(row):
                     continue
                 counted += i == 0
                 o, teacher = out[0, t], n[t + 1 + i]
@@ -64,39 +60,61 @@ def test_equals_plain_loops(soft, ids):
                     wanted = (teacher @ head.T).softmax(-1) if soft else torch.tensor(row[target])
                     term = term + 0.5 * cross_entropy(o @ head.T, wanted)
                 expected = expected + 0.6**i * term
-    assert int(count) == counted == loss.count(batch_of(ROWS))
+    assert int(count) == counted
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_reach_the_drafter_and_nothing_else():
     model = tiny()
-    loss = DraftLoss(model, Clover2(model, CloverParams(heads=3)))
-    run(model, loss, batch_of(ROWS))[0].backward()
-    bare = [name for name, p in loss.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    drafter = Clover2(model, CloverParams(heads=3))
+    loss_of(model, drafter, ROWS)[0].backward()
+    bare = [name for name, p in drafter.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not bare
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(ValueError, match="must be frozen"):
-        DraftLoss(tiny().requires_grad_(True), Clover2(model))
+    with pytest.raises(ValueError, match="call drafter.attach"):
+        DraftLoss(Clover2(model))
+
+
+def test_thoughts_are_the_targets_states_whatever_the_batch():
+    model = tiny()
+    items = [tokens.Encoded(str(i), tuple(row[:2]), tuple(row[2:])) for i, row in enumerate(ROWS)]
+    both = record(model, items, 0)
+    assert [t.ids for t in both] == [tuple(row) for row in ROWS]
+    for item, thought in zip(items, both, strict=True):
+        (alone,) = record(model, [item], 0)
+        torch.testing.assert_close(thought.states, alone.states, rtol=1e-5, atol=1e-5)
+        logits = model.lm_head(final_norm(model)(thought.states))
+        torch.testing.assert_close(logits, model(torch.tensor([thought.ids])).logits[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Clover, Clover2, Medusa])
 def test_sums_add_up_over_rows(kind):
     model = tiny()
-    loss = DraftLoss(model, kind(model))
-    whole, count = run(model, loss, batch_of(ROWS))
-    parts = [run(model, loss, batch_of([row])) for row in ROWS]
+    drafter = kind(model)
+    whole, count = loss_of(model, drafter, ROWS)
+    parts = [loss_of(model, drafter, [row]) for row in ROWS]
     torch.testing.assert_close(sum(p[0] for p in parts), whole, rtol=1e-5, atol=1e-4)
     assert sum(int(p[1]) for p in parts) == int(count)
 
 
-def test_rows_too_short_for_any_head_train_nothing():
+def test_texts_too_short_for_any_head_train_nothing():
     model = tiny()
-    loss = DraftLoss(model, Clover2(model, CloverParams(heads=5)))
-    total, count = run(model, loss, batch_of([[1, 2]], prompt=0))
+    drafter = Clover2(model, CloverParams(heads=5))
+    total, count = loss_of(model, drafter, [[1, 2]])
     assert (float(total), int(count)) == (0.0, 0)
-    total, count = run(model, loss, batch_of([[1, 2, 3]], prompt=0))  # one position, for the first head alone
+    total, count = loss_of(model, drafter, [[1, 2, 3]])  # one position, for the first head alone
     assert int(count) == 1
     assert torch.isfinite(total)
+
+
+def test_bfloat16_is_near():
+    model = tiny()
+    drafter = Clover2(model, CloverParams(heads=3)).attach(model)
+    items = [tokens.Encoded(str(i), tuple(row[:2]), tuple(row[2:])) for i, row in enumerate(ROWS)]
+    batch = collate_thoughts(record(model, items, 0), 0)
+    exact, near = (DraftLoss(drafter, autocast=on)(Outputs(), batch)[0] for on in (False, True))
+    assert float(near) == pytest.approx(float(exact), rel=0.03)
+    assert float(near) != float(exact)
 
 
 @pytest.mark.parametrize("kind", [Clover, Clover2, Medusa])
@@ -120,10 +138,17 @@ def test_training_makes_guesses_come_true(kind, tmp_path):
     model.generate(ids, custom_generate=decode, **settings)
     untrained = decode.stats.tokens_per_step
     weights = DraftWeights() if kind is Clover2 else DraftWeights(value=0, soft=False)
-    loss = DraftLoss(model, drafter, weights)
+    loss = DraftLoss(drafter.attach(model), weights)
     params = TrainParams(max_steps=60, batch=7, learning_rate=1e-2, precision="float32", checkpoint_seconds=1e9)
-    log = train.fit(model, loss, rows, params, pad=0, scratch=tmp_path)
-    loss.close()
+    log = train.fit(
+        drafter,
+        loss,
+        record(model, rows, 0),
+        params,
+        pad=0,
+        scratch=tmp_path,
+        collator=lambda b: collate_thoughts(b, 0),
+    )
     assert log.loss[-1] < 0.5 * log.loss[0]
     decode.reset()
     drafter.eval().requires_grad_(False)

@@ -24,13 +24,15 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from residency.errors import DataError
+from residency.evaluate.generate import only
 from residency.evaluate.likelihood import evaluating
 
 
@@ -47,7 +49,9 @@ class Speed:
     time_to_first_token_ms: float
 
 
-def measure_speed(model: Any, prompt_ids: Sequence[int], new_tokens: int = 32, repeats: int = 3) -> Speed:
+def measure_speed(
+    model: Any, prompt_ids: Sequence[int], new_tokens: int = 32, repeats: int = 3, **options: Any
+) -> Speed:
     """Measure how fast a model answers one prompt.
 
     Args:
@@ -55,6 +59,8 @@ def measure_speed(model: Any, prompt_ids: Sequence[int], new_tokens: int = 32, r
         prompt_ids: Token ids of a prompt of typical length, at least one.
         new_tokens: Tokens to write, at least 2.
         repeats: Timed runs; medians are returned.
+        options: How the model is decoded (`custom_generate` and its arguments), for `generate`; by default one token
+            at a time.
 
     Raises:
         DataError: The prompt is empty.
@@ -67,8 +73,9 @@ def measure_speed(model: Any, prompt_ids: Sequence[int], new_tokens: int = 32, r
     device = next(model.parameters()).device
     prompt = torch.tensor([list(prompt_ids)], device=device)
     with evaluating(model), torch.no_grad():
-        _answer(model, prompt, 2)
-        runs = [_answer(model, prompt, new_tokens) for _ in range(repeats)]
+        answer = partial(_generated, options=options) if options else _answer
+        answer(model, prompt, 2)
+        runs = [answer(model, prompt, new_tokens) for _ in range(repeats)]
     first, rest = zip(*runs, strict=True)
     return Speed((new_tokens - 1) / statistics.median(rest), 1000 * statistics.median(first))
 
@@ -82,6 +89,32 @@ def _answer(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, f
     for _ in range(new_tokens - 1):
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     return first - begin, _now(prompt.device) - first
+
+
+class _FirstToken:
+    """A streamer that notes when the first new token came."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.calls, self.at = device, 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the first call brings the prompt
+            self.at = _now(self.device)
+
+    def end(self) -> None:
+        pass
+
+
+def _generated(model: Any, prompt: torch.Tensor, new_tokens: int, options: Mapping[str, Any]) -> tuple[float, float]:
+    """The same through `generate`, which knows other decoders; end tokens do not end it."""
+    watch, begin = _FirstToken(prompt.device), _now(prompt.device)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0
+    )
+    with only(model, config):
+        model.generate(prompt, streamer=watch, **options)
+    return watch.at - begin, _now(prompt.device) - watch.at
 
 
 def _now(device: torch.device) -> float:

@@ -72,7 +72,7 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=device)  # [B, T]
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
-        with evaluating(model), _only(model, config), torch.no_grad():
+        with evaluating(model), only(model, config), torch.no_grad():
             output = model.generate(input_ids=ids, attention_mask=mask, **options)
         for row in output[:, width:].tolist():
             stop = next((k for k, token in enumerate(row) if token in ends), len(row))
@@ -89,7 +89,7 @@ def _ends(model: Any, tokenizer: Any, end: int | Sequence[int] | None) -> list[i
 
 
 @contextmanager
-def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
+def only(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let this be the only generation config, for `generate` fills what it lacks from the model's own."""
     owners = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
     own = [m.generation_config for m in owners]

@@ -114,7 +114,7 @@ class Evaluate(Examination):
         return outcome
 
     def _language_model(self, job: Job, outcome: Outcome) -> None:
-        from residency import bases, rows, tokens
+        from residency import bases, decoding, rows, tokens
         from residency.compat import fast_bf16
         from residency.evaluate import cost
 
@@ -141,8 +141,8 @@ class Evaluate(Examination):
             outcome.extra["guard"] = self._score([metric], model, tokenizer, guard, job, "guard")[metric]
         if self.params.speed:
             prompt = tokens.encode(test[0], tokenizer).prompt
-            with bases.decoding(model):
-                speed = cost.measure_speed(model, prompt, new_tokens=self.params.new_tokens)
+            with decoding.prepared(job.model, model) as options:
+                speed = cost.measure_speed(model, prompt, new_tokens=self.params.new_tokens, **options)
             outcome.measured |= {
                 "tokens_per_second": speed.tokens_per_second,
                 "time_to_first_token_ms": speed.time_to_first_token_ms,

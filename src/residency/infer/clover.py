@@ -97,11 +97,10 @@ class Regressive(Drafter):
         config, norm = target.config.get_text_config(), final_norm(target)
         self.width, self.heads, self.context = config.hidden_size, params.heads, params.layers
         self.eps = float(getattr(config, "rms_norm_eps", 1e-6))
-        layers = target.get_decoder().layers
-        self.augment = nn.ModuleList(copy.deepcopy(layers[-1]) for _ in range(params.layers))
-        for i, layer in enumerate(self.augment):
-            attention: Any = layer.self_attn
-            attention.layer_idx = i
+        last: Any = target.get_decoder().layers[-1]
+        self.augment = nn.ModuleList(type(last)(config, i) for i in range(params.layers))
+        for layer in self.augment:
+            layer.to(last.self_attn.q_proj.weight).load_state_dict(last.state_dict())
         self.norm_out = copy.deepcopy(norm)
         self.pads: list[int] = []
         self._gates = config.num_attention_heads if self.width % config.num_attention_heads == 0 else 1

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from residency.compat import streamer_of_generate
 from residency.errors import PlanError
 from residency.infer import verify
 from residency.infer.drafter import Drafter, final_norm
@@ -147,13 +148,10 @@ class Drafted:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
-        watch: Any = None,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Called by `generate`; see there.
-
-        `watch` takes a streamer: `generate(..., custom_generate=Drafted(...), watch=TextStreamer(tokenizer))`. (What is
-        given as `streamer=` gets the prompt and nothing else: transformers 5.23 does not hand it on to callables.)
 
         Returns:
             Ids [B, T + new], or a `GenerateDecoderOnlyOutput` when `return_dict_in_generate` is set.
@@ -161,11 +159,12 @@ class Drafted:
         Raises:
             PlanError: For models and settings that cannot be drafted for.
         """
+        streamer = streamer if streamer is not None else streamer_of_generate()
         check(model, generation_config)
         if self.drafter is not None:
             self.drafter.attach(model)
         with torch.inference_mode():
-            loop = _Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, watch)
+            loop = _Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             found = loop.run(model_kwargs)
         self.last = loop.stats
         self.stats.add(loop.stats)
@@ -234,7 +233,6 @@ class _Loop:
         self.stats.prompt_seconds = time.perf_counter() - began
         self._take([[root] for root in roots])
         if self.streamer is not None:
-            self.streamer.put(self.prompt.cpu())
             self.streamer.put(torch.tensor(roots[:1]))
         self._observe(drafter, hidden, [[*self.prompt[b, before + 1 :].tolist(), roots[b]] for b in range(self.B)])
         while not all(self.done):

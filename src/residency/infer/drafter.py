@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,27 +48,34 @@ class Drafter(nn.Module):
         self.token_ids: Tensor | None
         self.register_buffer("token_ids", token_ids)
         self._target: PreTrainedModel | None = None
-        self._rows: Tensor | None = None
+        self._at: tuple[Any, ...] = ()
+        self._head: nn.Linear | None = None
 
     # ------------------------------------------------------------------ the target
 
-    def attach(self, target: PreTrainedModel) -> Drafter:
-        """Borrow the target's head; call again when the target's weights, device or dtype have changed.
+    def attach(self, target: PreTrainedModel) -> Self:
+        """Borrow the target's head; called by every `generate`, and anew when its weights, device or dtype changed.
 
         Raises:
             PlanError: When target and drafter do not fit, or the target is of a family that cannot be drafted for.
         """
-        final_norm(target)
         head = target.get_output_embeddings()
+        if self._target is target and self._at == (head.weight.data_ptr(), head.weight.dtype, head.weight.device):
+            return self
+        final_norm(target)
         if head is None or getattr(head, "bias", None) is not None:
             raise PlanError(
                 f"a {type(target).__name__} cannot be drafted for", hint="it needs an LM head without a bias"
             )
         self.fit_check(head.weight.shape[1], head.weight.shape[0])
         object.__setattr__(self, "_target", target)  # not a submodule: neither trained nor saved
+        self._at = (head.weight.data_ptr(), head.weight.dtype, head.weight.device)
         self.to(device=head.weight.device)
         ids = self.token_ids
-        object.__setattr__(self, "_rows", head.weight.detach() if ids is None else head.weight.detach()[ids].clone())
+        rows = head.weight.detach() if ids is None else head.weight.detach()[ids].clone()
+        mine = nn.Linear(1, 1, bias=False, device="meta")
+        mine.weight = nn.Parameter(rows, requires_grad=False)
+        object.__setattr__(self, "_head", mine)
         return self
 
     def fit_check(self, width: int, vocabulary: int) -> None:
@@ -92,12 +99,24 @@ class Drafter(nn.Module):
 
     def logits(self, out: Tensor) -> Tensor:
         """The frozen head over the draft vocabulary: [..., D] → [..., V']."""
-        assert self._rows is not None
-        return nn.functional.linear(out, self._rows)
+        found: Tensor = self.head(out)
+        return found
+
+    @property
+    def head(self) -> nn.Linear:
+        """The target's rows of the draft vocabulary as a layer [V', D]; borrowed, so not among the submodules."""
+        if self._head is None:
+            raise ValueError("the drafter is not attached to a model: call drafter.attach(model) first")
+        return self._head
 
     def ids_of(self, index: Tensor) -> Tensor:
         """Indices into the draft vocabulary → the target's ids."""
         return index if self.token_ids is None else self.token_ids[index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters."""
+        return next(self.parameters()).dtype
 
     # ------------------------------------------------------------------ decoding
 

@@ -12,17 +12,19 @@ value 0). Our choices: with a draft vocabulary, p is the target's softmax over t
 out positions whose true token is not among them (a guess cannot be right there); the sum is divided by the number of
 positions that train the first head, and not per head.
 
-The drafter's parameters are the objective's own, so `train.fit(target, DraftLoss(...), …)` trains and checkpoints them,
-and the target, whose parameters need no gradient, stays as it is.
+The target's states are recorded once (`record`) and stay in memory, so that training never runs it: what is trained is
+the drafter alone, `train.fit(drafter, DraftLoss(drafter), record(...), ...)`. All tokens of a text train, those of the
+question too (our choice; the paper trains on answers): the target has an opinion everywhere, and texts are few.
 
-Cost per trained token: one forward pass of the target, and for each head forward and backward of D × V' of the LM head;
-memory [tokens × V'] per head, recomputed in the backward pass and so held for one head at a time.
+Cost: one forward pass of the target per token and D floats of memory (2.3 KB at D = 576), once. Then per token and
+pass, for each head, forward and backward of D × V' of the LM head; [tokens × V'] is held for one head at a time.
 
 Paper: Xiao et al., "Clover-2", 2024, arXiv 2408.00264; official code github.com/XiaoBin1992/clover, commit 9d37214.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -32,7 +34,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from residency.infer.drafter import Drafter, final_norm
-from residency.objective import IGNORE, Objective, Outputs
+from residency.objective import Objective, Outputs
+from residency.progress import Progress
+from residency.tokens import collate
 
 
 @runtime_checkable
@@ -62,72 +66,122 @@ class DraftWeights:
     soft: bool = True
 
 
-class DraftLoss(Objective):
-    """Loss of a drafter on texts, the target frozen.
+@dataclass(frozen=True)
+class Thought:
+    """A text and what the target thought at each of its tokens.
 
     Args:
-        target: Its parameters must not require gradients.
-        drafter: Attached here; its parameters are trained in float32.
-        weights: Terms.
-
-    Raises:
-        ValueError: When the target would be trained along, or the drafter has nothing to train.
+        id: Of the row.
+        ids: [T] tokens.
+        states: [T, D] of the target before its final norm, in its own precision.
     """
 
-    wants: ClassVar[Literal["hidden"]] = "hidden"
+    id: str
+    ids: tuple[int, ...]
+    states: Tensor
 
-    def __init__(self, target: PreTrainedModel, drafter: Drafter, weights: DraftWeights | None = None) -> None:
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def record(target: PreTrainedModel, items: Sequence[Any], pad: int, progress: Progress | None = None) -> list[Thought]:
+    """Run the target once over all texts.
+
+    Args:
+        target: In evaluation mode.
+        items: Encoded rows (`prompt` and `answer`).
+        pad: Padding id.
+        progress: Where progress goes.
+
+    Returns:
+        One `Thought` per row, in their order, on the CPU.
+    """
+    kept: list[Tensor] = []
+    found: dict[int, Thought] = {}
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
+    handle = final_norm(target).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    try:
+        with (progress or Progress()).task("reading the texts", len(items)) as advance, torch.no_grad():
+            for start in range(0, len(order), 8):
+                part = order[start : start + 8]
+                batch = collate([items[i] for i in part], pad)
+                given = {name: batch[name].to(target.device) for name in ("input_ids", "attention_mask")}
+                target(**given, logits_to_keep=1, use_cache=False)
+                states = kept.pop().cpu()
+                for row, i in enumerate(part):
+                    ids = (*items[i].prompt, *items[i].answer)
+                    found[i] = Thought(items[i].id, ids, states[row, : len(ids)].clone())
+                advance(len(part))
+    finally:
+        handle.remove()
+    return [found[i] for i in range(len(items))]
+
+
+def collate_thoughts(thoughts: Sequence[Thought], pad: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` [B, T] and `states` [B, T, D]."""
+    width, B = max(map(len, thoughts)), len(thoughts)
+    ids = torch.full((B, width), pad)
+    mask = torch.zeros(B, width, dtype=torch.long)
+    states = thoughts[0].states.new_zeros(B, width, thoughts[0].states.shape[-1])
+    for row, thought in enumerate(thoughts):
+        n = len(thought)
+        ids[row, :n], mask[row, :n], states[row, :n] = torch.tensor(thought.ids), 1, thought.states
+    return {"input_ids": ids, "attention_mask": mask, "states": states}
+
+
+class DraftLoss(Objective):
+    """Loss of a drafter on recorded texts.
+
+    Args:
+        drafter: Attached to its target; it is what `train.fit` trains.
+        weights: Terms.
+        autocast: Whether the drafter computes in bfloat16 (its weights stay as they are).
+
+    Raises:
+        ValueError: When the drafter has nothing to train.
+    """
+
+    wants: ClassVar[Literal["nothing"]] = "nothing"
+
+    def __init__(self, drafter: Drafter, weights: DraftWeights | None = None, *, autocast: bool = False) -> None:
         super().__init__()
-        if any(p.requires_grad for p in target.parameters()):
-            raise ValueError("the target must be frozen: target.requires_grad_(False)")
         if not isinstance(drafter, Trainable):
             raise ValueError(f"a {type(drafter).__name__} has nothing to train")
-        self.drafter = drafter.attach(target).requires_grad_(True)
-        self.weights = weights or DraftWeights()
-        self._before: Tensor | None = None
-        self._hook = final_norm(target).register_forward_pre_hook(self._keep)
-        places = torch.full((target.get_output_embeddings().weight.shape[0],), -1, dtype=torch.long)
-        ids = drafter.token_ids
-        if ids is None:
-            places = torch.arange(len(places))
-        else:
-            places[ids.cpu()] = torch.arange(len(ids))
+        object.__setattr__(self, "drafter", drafter)  # the model that is trained, and not part of the objective
+        self.drafter: Any
+        self.weights, self.autocast = weights or DraftWeights(), autocast
+        size = drafter.target.get_output_embeddings().weight.shape[0]
+        places = torch.arange(size) if drafter.token_ids is None else torch.full((size,), -1)
+        if drafter.token_ids is not None:
+            places[drafter.token_ids.cpu()] = torch.arange(len(drafter.token_ids))
         self.register_buffer("_places", places, persistent=False)  # the target's id → index in the draft vocabulary
 
-    def close(self) -> None:
-        """Take the hook off the target."""
-        self._hook.remove()
-
-    def _keep(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        self._before = given[0].detach()
-
     def count(self, batch: dict[str, Any]) -> int:
-        """Positions that train the first head: tokens with a label and at least two tokens before them."""
-        return int((batch["labels"][:, 2:] != IGNORE).sum())
+        """Positions that train the first head: all but the last two tokens of each text."""
+        return int((batch["attention_mask"].sum(1) - 2).clamp_min(0).sum())
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """See `Objective.forward`; `outputs.hidden` [B, T, D] are the target's states after its final norm."""
-        assert outputs.hidden is not None
-        assert self._before is not None
-        assert isinstance(self.drafter, Trainable)
-        n, h = outputs.hidden.detach().float(), self._before.float()
-        labels, ids, N = batch["labels"], batch["input_ids"], self.drafter.heads
-        T = ids.shape[1]
+        """See `Objective.forward`; `outputs` is empty, `batch` comes from `collate_thoughts`."""
+        h, ids, mask = batch["states"], batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            n = final_norm(self.drafter.target)(h)
+        N, T = self.drafter.heads, ids.shape[1]
         following = nn.functional.pad(ids[:, 1:], (0, N))
-        total = n.new_zeros(())
-        for i, out in enumerate(self.drafter.unroll(h, following, batch.get("attention_mask"))):
-            if i + 3 > T:
-                break
-            trained = labels[:, i + 2 :] != IGNORE  # of x_{t+2+i}, for t = 0 … T − 3 − i
-            mine, theirs = out[:, : T - 2 - i][trained], n[:, i + 1 : T - 1][trained]
-            words = ids[:, i + 2 :][trained]
-            term = n.new_zeros(())
-            if self.weights.value:
-                value = nn.functional.smooth_l1_loss(mine, theirs.to(mine.dtype), reduction="none")
-                term = term + self.weights.value * value.mean(-1).sum()
-            if self.weights.word:
-                term = term + self.weights.word * checkpoint(self._word, mine, theirs, words, use_reentrant=False)
-            total = total + self.weights.decay**i * term
+        total = torch.zeros((), device=ids.device)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+            for i, out in enumerate(self.drafter.unroll(h.to(self.drafter.dtype), following, mask)):
+                if i + 3 > T:
+                    break
+                trained = mask[:, i + 2 :].bool()  # where x_{t+2+i} is, for t = 0 … T − 3 − i
+                mine, theirs = out[:, : T - 2 - i][trained], n[:, i + 1 : T - 1][trained]
+                words = ids[:, i + 2 :][trained]
+                term = torch.zeros((), device=ids.device)
+                if self.weights.value:
+                    value = nn.functional.smooth_l1_loss(mine.float(), theirs.float(), reduction="none")
+                    term = term + self.weights.value * value.mean(-1).sum()
+                if self.weights.word:
+                    term = term + self.weights.word * checkpoint(self._word, mine, theirs, words, use_reentrant=False)
+                total = total + self.weights.decay**i * term
         return total, torch.as_tensor(self.count(batch), device=total.device)
 
     def _word(self, mine: Tensor, theirs: Tensor, words: Tensor) -> Tensor:
@@ -136,9 +190,9 @@ class DraftLoss(Objective):
         at = places[words]
         known = at >= 0
         mine, theirs, at = mine[known], theirs[known], at[known]
-        logp = self.drafter.logits(mine).float().log_softmax(-1)
+        logp = self.drafter.logits(mine.to(self.drafter.head.weight.dtype)).float().log_softmax(-1)
         if not self.weights.soft:
             return nn.functional.nll_loss(logp, at, reduction="sum")
         with torch.no_grad():
-            p = self.drafter.logits(theirs.to(mine.dtype)).float().softmax(-1)
+            p = self.drafter.logits(theirs.to(self.drafter.head.weight.dtype)).float().softmax(-1)
         return -(p * logp).sum()

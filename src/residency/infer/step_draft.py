@@ -1,0 +1,345 @@
+"""Recipe step of the infer stage: `draft`, a drafter trained on what the model itself says, saved beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from residency.errors import DataError, PlanError
+from residency.step import Forecast, Job, Outcome, State, Step, require_kind
+from residency.trainparams import TrainParams, activation_bytes
+
+if TYPE_CHECKING:
+    from residency.infer.drafted import DraftStats
+
+PAPER_LAYERS = {"clover-2": 2, "clover": 1}
+HELD_OUT = 8
+"""Every eighth row's question is not trained on but drafted for at the end."""
+UNFIT = ("GPT2", "GPTNeo", "GPTJ", "GPTBigCode", "OPT", "Bloom", "Falcon", "Phi", "CodeGen", "Mpt", "Gemma2", "Gemma3")
+"""Beginnings of architectures without the final norm drafters read, or with sliding windows (`drafted.check`)."""
+
+
+class DraftParams(TrainParams):
+    """Keys of `draft`."""
+
+    method: Literal["clover-2", "clover", "medusa"] = "clover-2"
+    """Which drafter."""
+    heads: int = Field(4, ge=1, le=16)
+    """How many tokens ahead it learns to guess."""
+    layers: int | None = Field(None, ge=1, le=8)
+    """Decoder layers of Clover's augmenting block; by default the paper's, 2 for clover-2 and 1 for clover."""
+    vocabulary: int | None = Field(4096, ge=16)
+    """Tokens that may be guessed, the most frequent ones of the training texts; null for all of them."""
+    text: Literal["self", "rows"] = "self"
+    """What it is trained on: answers the model writes to the rows' questions, or the rows' own answers."""
+    samples: int = Field(1, ge=1)
+    """Answers the model writes to each question, one greedy, the others at temperature 0.8. Read by text: self."""
+    new_tokens: int = Field(96, ge=4)
+    """Longest answer it writes. Read by text: self."""
+    epochs: float = Field(6.0, gt=0, le=1000)
+    """Passes over the texts."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate of AdamW over the drafter's weights; a cosine to zero after the warm-up."""
+    clip: float = Field(0.5, gt=0)
+    """Largest norm of the gradient."""
+    nodes: int = Field(8, ge=1, le=64)
+    """Guesses per step, at most."""
+    least: float = Field(0.05, ge=0, lt=1)
+    """Guesses on a path less probable than this are not worth the target's time."""
+    measure: int = Field(6, ge=1)
+    """Held-out questions on which acceptance and speed are measured."""
+
+    @model_validator(mode="after")
+    def _belong(self) -> DraftParams:
+        if self.layers is not None and self.method == "medusa":
+            raise ValueError("`layers` belongs to the Clovers; medusa has none")
+        if self.text == "rows" and (unread := self.model_fields_set & {"samples", "new_tokens"}):
+            raise ValueError(f"`{sorted(unread)[0].replace('_', '-')}` belongs to text: self")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """What the drafter is made of."""
+        if self.method == "medusa":
+            return {"heads": self.heads}
+        return {"heads": self.heads, "layers": self.layers or PAPER_LAYERS[self.method]}
+
+
+class Draft(Step):
+    """Train a drafter for the model as it is; the model's files stay as they are."""
+
+    Params = DraftParams
+    params: DraftParams
+    gives = frozenset({"model"})
+    beside = True
+
+    @property
+    def method(self) -> str:
+        """See `Step.method`."""
+        return self.params.method
+
+    @property
+    def title(self) -> str:
+        """See `Step.title`."""
+        return f"draft · {self.params.method}, up to {self.params.nodes} guesses"
+
+    def tiny(self) -> Draft:
+        """See `Step.tiny`."""
+        update: dict[str, Any] = {"max_steps": 2, "batch": 4, "max_tokens": 1024, "new_tokens": 6, "measure": 1}
+        update |= {"samples": 1, "vocabulary": self.params.vocabulary and 64}
+        return Draft(self.params.model_copy(update=update))
+
+    def plan(self, state: State) -> Forecast:
+        """See `Step.plan`."""
+        require_kind(state, ("causal-lm",), "draft")
+        p, model = self.params, state.model
+        if model.architecture.startswith(UNFIT):
+            raise PlanError(
+                f"a {model.architecture} cannot be drafted for",
+                hint="supported are llama-like decoders with full attention: llama, smollm, qwen2, qwen3",
+            )
+        words = min(p.vocabulary or model.vocabulary, model.vocabulary)
+        per_layer = model.layer_parameters / max(1, model.layers)
+        own = 6 * model.hidden**2 + per_layer * p.sizes().get("layers", 0)
+        per_token = 6 * (own + p.heads * (2 * model.hidden**2 + 2 * words * model.hidden))
+        texts = state.rows * (p.samples if p.text == "self" else 1)
+        passed = p.max_steps * p.batch * p.accumulate if p.max_steps else texts * p.epochs
+        written = texts * p.new_tokens if p.text == "self" else 0
+        flops = passed * state.tokens_per_row * per_token
+        flops += (texts * state.tokens_per_row + 2 * written) * model.flops_per_token()
+        flops += 3 * p.measure * p.new_tokens * 8 * model.flops_per_token()
+        peak = 8 * model.parameters + 16 * own + 4 * model.hidden * texts * state.tokens_per_row
+        peak += activation_bytes(replace(state, model=model.with_layers(2)), p.batch)
+        note = f"about {own / 1e6:.0f} million parameters beside {model.parameters / 1e6:.0f}"
+        return Forecast(state, flops=flops, peak_bytes=int(peak), notes=(note,))
+
+    def run(self, job: Job) -> Outcome:
+        """See `Step.run`."""
+        import torch
+
+        from residency import bases, rows, store, tokens, train
+        from residency.compat import fast_bf16
+        from residency.infer import saveddraft
+        from residency.infer.drafted import check
+        from residency.infer.drafter import frequent_tokens
+        from residency.infer.draftloss import DraftLoss, DraftWeights, collate_thoughts, record
+        from residency.infer.tree import DynamicTree
+
+        p = self.params
+        tokenizer = bases.load_tokenizer(job.model, remote_code=job.remote_code)
+        items, refused = tokens.encode_all(rows.load(job.rows), tokenizer, p.max_tokens)
+        job.quarantine += refused
+        if not items:
+            raise DataError("there are no rows to learn from", hint="check quarantine.jsonl for the reasons")
+        model = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code).requires_grad_(False)
+        check(model)
+        held = items[HELD_OUT - 1 :: HELD_OUT][: p.measure] or items[-1:]
+        names = {item.id for item in held}
+        learn = [item for item in items if item.id not in names] or items
+        texts = self._texts(model, tokenizer, learn, job)
+        if not (texts := [item for item in texts if len(item.answer) > 2 - min(2, len(item.prompt))]):
+            raise DataError(
+                "the model's own answers are too short to learn from",
+                hint="text: rows trains on the rows' answers instead",
+            )
+        ids = None
+        if p.vocabulary is not None:
+            seen = [[*item.prompt, *item.answer] for item in (*texts, *items)]
+            size = model.get_output_embeddings().weight.shape[0]
+            ids = frequent_tokens(seen, p.vocabulary, size, always=_ends(model, tokenizer)).to(job.device)
+        torch.manual_seed(job.seed)
+        drafter = saveddraft.make(p.method, model, p.sizes(), ids).to(torch.float32)
+        soft = p.method == "clover-2"  # the others learn the text's tokens, as published
+        weights = DraftWeights() if soft else DraftWeights(value=0.0, soft=False)
+        bf16 = p.precision == "bfloat16" or (p.precision == "auto" and fast_bf16(job.device))
+        pad = tokenizer.pad_token_id
+        log = train.fit(
+            drafter.attach(model),
+            DraftLoss(drafter, weights, autocast=bf16),
+            record(model, texts, pad, job.progress),
+            p,
+            pad=pad,
+            collator=lambda batch: collate_thoughts(batch, pad),
+            scratch=job.scratch,
+            seed=job.seed,
+            device=job.device,
+            progress=job.progress,
+            label="learning to draft",
+        )
+        drafter.eval().requires_grad_(False)
+        tree = DynamicTree(budget=p.nodes, levels=p.heads, least=p.least)
+        found, measured = _measure(model, drafter, tree, held, p.new_tokens, _ends(model, tokenizer), job)
+        target = job.out / "model"
+        store.link_folder(job.model, target)
+        if (target / saveddraft.FOLDER).exists():  # of an earlier draft step
+            import shutil
+
+            shutil.rmtree(target / saveddraft.FOLDER)
+        saveddraft.save(target, drafter, p.method, p.sizes(), tree)
+        own = sum(x.numel() for x in drafter.parameters())
+        return Outcome(
+            gives={"model": "model"},
+            summary={
+                "rows": len(items),
+                "refused": len(refused),
+                "texts": len(texts),
+                "tokens": sum(len(item.answer) for item in texts),
+                "draft_parameters": own,
+                "draft_vocabulary": len(ids) if ids is not None else model.get_output_embeddings().weight.shape[0],
+                "tokens_per_step": round(found.tokens_per_step, 3),
+                "optimiser_steps": log.steps,
+                "loss_first": round(log.loss[0], 4),
+                "loss_last": round(log.loss[-1], 4),
+                "precision": log.precision,
+            },
+            figures=[*_accepted(found), train.loss_figure(log, "loss per position")],
+            measured=measured,
+        )
+
+    def _texts(self, model: Any, tokenizer: Any, items: list[Any], job: Job) -> list[Any]:
+        """What is trained on; texts the model has written survive a kill in `scratch`."""
+        from residency import store, tokens
+
+        p = self.params
+        if p.text == "rows":
+            return items
+        file: Path = job.scratch / "texts.json"
+        if not file.exists():
+            from residency.infer.selftext import answers
+
+            written = []
+            with job.progress.task("writing texts to learn from", len(items) * p.samples) as advance:
+                for i, said in answers(
+                    model,
+                    [item.prompt for item in items],
+                    new_tokens=p.new_tokens,
+                    pad=tokenizer.pad_token_id,
+                    ends=_ends(model, tokenizer),
+                    samples=p.samples,
+                    seed=job.seed,
+                ):
+                    written.append([i, said])
+                    advance(1)
+            store.write_json(file, written)
+        return [
+            tokens.Encoded(f"{items[i].id}/{n}", items[i].prompt, tuple(said))
+            for n, (i, said) in enumerate(store.read_json(file))
+        ]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*found, tokenizer.eos_token_id) if i is not None})
+
+
+def _measure(
+    model: Any, drafter: Any, tree: Any, held: list[Any], new_tokens: int, ends: list[int], job: Job
+) -> tuple[DraftStats, dict[str, Any]]:
+    """Acceptance on held-out questions, and wall time against plain decoding on the same loop and weights."""
+    import time
+
+    import torch
+
+    from residency.infer.drafted import Drafted
+    from residency.packed import packed
+
+    drafter.to(model.dtype)
+    arms = {"plain": Drafted(None), "drafted": Drafted(drafter, tree)}
+    texts: dict[str, list[list[int]]] = {name: [] for name in arms}
+    seconds = dict.fromkeys(arms, 0.0)
+    drafter.attach(model)
+    with packed(model, drafter, drafter.head), job.progress.task("measuring", 2 * len(held)) as advance:
+        for item in held:
+            ids = torch.tensor([list(item.prompt)], device=job.device)
+            for name, decode in arms.items():
+                settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends or None}
+                began = time.perf_counter()
+                said = model.generate(ids, custom_generate=decode, pad_token_id=(ends or [0])[0], **settings)
+                seconds[name] += time.perf_counter() - began
+                texts[name].append(said[0].tolist())
+                advance(1)
+        heads = _head_ms(model, drafter)
+    stats = {name: decode.stats for name, decode in arms.items()}
+    same = sum(a == b for a, b in zip(texts["plain"], texts["drafted"], strict=True))
+    rates: dict[str, float] = {}
+    lines = []
+    for name, s in stats.items():
+        spent = s.draft_seconds + s.verify_seconds + s.other_seconds
+        rates[name] = s.tokens / max(spent, 1e-9)
+        row = [name, round(s.tokens_per_step, 2), round(s.nodes / max(1, s.steps), 1)]
+        row += [round(1e3 * spent / max(1, s.steps), 1), round(1e3 * s.draft_seconds / max(1, s.steps), 1)]
+        lines.append([*row, round(rates[name], 1), round(rates[name] / max(rates["plain"], 1e-9), 2)])
+    table = {
+        "kind": "table",
+        "title": "Decoding with and without the draft, on held-out questions",
+        "columns": ["", "tokens per step", "nodes per step", "ms per step", "of it drafting", "tokens/s", "× plain"],
+        "rows": lines,
+    }
+    measured = {
+        "decode_tokens_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "seconds_with_prompts": {name: round(s, 3) for name, s in seconds.items()},
+        "same_answers": f"{same} of {len(held)}",
+        "head_ms": heads,
+        "figures": [table],
+    }
+    return stats["drafted"], measured
+
+
+def _head_ms(model: Any, drafter: Any) -> dict[str, float]:
+    """Milliseconds of one LM head at one position: over the draft vocabulary, and over all tokens."""
+    import statistics
+    import time
+
+    import torch
+
+    head = model.get_output_embeddings()
+    x = torch.zeros(1, 1, head.weight.shape[1], device=head.weight.device, dtype=head.weight.dtype)
+    found = {}
+    with torch.inference_mode():
+        for name, call in (("draft vocabulary", drafter.logits), ("all tokens", head)):
+            times = []
+            for _ in range(6):
+                began = time.perf_counter()
+                call(x)
+                if x.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+            found[name] = round(1e3 * statistics.median(times[1:]), 3)
+    return found
+
+
+def _accepted(stats: DraftStats) -> list[dict[str, Any]]:
+    """How many guesses a step took, and how often the guess at each position came true."""
+    most = max([*stats.lengths, *stats.offered, 1])
+    positions = [level for level in range(1, most + 1) if stats.offered.get(level)]
+    steps = max(1, stats.rows)
+    share = [round(stats.accepted.get(level, 0) / steps, 4) for level in positions]
+    given = [
+        round(stats.accepted.get(level, 0) / max(1, stats.accepted.get(level - 1, 0) if level > 1 else steps), 4)
+        for level in positions
+    ]
+    figures: list[dict[str, Any]] = [
+        {
+            "kind": "bars",
+            "title": "Guesses accepted per step",
+            "xlabel": "guesses accepted",
+            "ylabel": "share of steps",
+            "x": [str(n) for n in range(most + 1)],
+            "y": [round(stats.lengths.get(n, 0) / steps, 4) for n in range(most + 1)],
+        }
+    ]
+    lines = [("this guess and all before it", share), ("this guess where those before it did", given)]
+    if positions:
+        figures.append(
+            {
+                "kind": "lines",
+                "title": "Guesses that came true, by position",
+                "xlabel": "tokens after the last certain one",
+                "ylabel": "share of steps",
+                "series": [{"name": name, "x": positions, "y": y} for name, y in lines],
+            }
+        )
+    return figures
