@@ -16,7 +16,17 @@ from residency.errors import MissingError, ResidencyError
 
 Stage = Literal["curate", "adapt", "compress", "infer", "evaluate", "federate"]
 Role = Literal[
-    "Scorer", "Selector", "Augmenter", "Objective", "Surgery", "Decoder", "Panel", "Metric", "Strategy", "Predictor"
+    "Scorer",
+    "Selector",
+    "Augmenter",
+    "Objective",
+    "Surgery",
+    "Decoder",
+    "Panel",
+    "Metric",
+    "Diagnostic",
+    "Strategy",
+    "Predictor",
 ]
 
 
@@ -359,6 +369,17 @@ METHODS: tuple[Method, ...] = (
         pain="My answers quote their prompt, and I do not want to train a draft",
     ),
     Method(
+        name="attention-sinks",
+        stage="evaluate",
+        role="Diagnostic",
+        title="Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs",
+        arxiv="2410.13835",
+        reference="Guo, Pai, Bai, Jiao, Jordan, Mei, NeurIPS 2024 workshop M3L",
+        object="residency.evaluate.sinks:SinkProbe",
+        step="sinks: {rows: 16}",
+        pain="My cache eviction or my int8 activations break the model and I do not see why",
+    ),
+    Method(
         name="choice-accuracy",
         stage="evaluate",
         role="Metric",
@@ -449,6 +470,11 @@ STEPS: tuple[StepRow, ...] = (
         summary="ReLU, a growing L1 penalty, then a threshold: mostly zeros",
     ),
     StepRow("draft", "residency.infer.step_draft:Draft", summary="train a drafter that guesses ahead of the model"),
+    StepRow(
+        "sinks",
+        "residency.evaluate.step_sinks:Sinks",
+        summary="where attention rests, and what the first token is worth",
+    ),
     StepRow("evaluate", "residency.evaluate.steps:Evaluate", summary="how the base and every model are examined"),
 )
 

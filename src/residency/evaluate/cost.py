@@ -113,7 +113,7 @@ def _generated(model: Any, prompt: torch.Tensor, new_tokens: int, options: Mappi
         do_sample=False, max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0
     )
     with only(model, config):
-        model.generate(prompt, streamer=watch, **options)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
     return watch.at - begin, _now(prompt.device) - watch.at
 
 

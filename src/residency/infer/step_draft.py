@@ -255,9 +255,10 @@ def _measure(
         for item in held:
             ids = torch.tensor([list(item.prompt)], device=job.device)
             for name, decode in arms.items():
-                settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends or None}
+                settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends or None}
                 began = time.perf_counter()
-                said = model.generate(ids, custom_generate=decode, pad_token_id=(ends or [0])[0], **settings)
+                settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": (ends or [0])[0]}
+                said = model.generate(ids, custom_generate=decode, **settings)
                 seconds[name] += time.perf_counter() - began
                 texts[name].append(said[0].tolist())
                 advance(1)
