@@ -29,6 +29,7 @@ class Chat:
         self.model = bases.load_causal_lm(folder, device)
         self._fast = contextlib.ExitStack()  # for as long as the conversation lives, not anew for each answer
         self.options = self._fast.enter_context(decoding.prepared(folder, self.model))
+        self.budget = decoding.has_budget(folder)
         self.turns: list[dict[str, str]] = []
 
     @classmethod
@@ -55,6 +56,12 @@ class Chat:
         """Start a new conversation."""
         self.turns.clear()
 
+    def _question_tokens(self, text: str, turn: str) -> int | None:
+        """How many tokens at the end of a prompt are its question: from the turn's last paragraph on."""
+        paragraph = turn.strip().rsplit("\n\n", 1)[-1].strip()
+        at = text.rfind(paragraph) if paragraph else -1
+        return len(self.tokenizer(text[at:], add_special_tokens=False)["input_ids"]) if at >= 0 else None
+
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as they are generated."""
         import torch
@@ -66,6 +73,9 @@ class Chat:
         else:
             text = "".join(turn["content"] + "\n" for turn in self.turns)
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.device)
+        options = dict(self.options)
+        if self.budget:
+            options["instruction_tokens"] = self._question_tokens(text, question)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -79,7 +89,7 @@ class Chat:
                         do_sample=False,
                         streamer=streamer,
                         pad_token_id=self.tokenizer.pad_token_id,
-                        **self.options,
+                        **options,
                     )
             except BaseException as error:
                 failure.append(error)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from residency import store
+from residency.compat import streamer_of_generate
 from residency.errors import PlanError
 
 CACHE = "cache.json"
@@ -26,14 +27,17 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
     """A model as it decodes best, inside the block.
 
     Its feed-forward layers skip silent units where it was made sparse, and its weights are packed: the same results to
-    rounding, at the price of a second copy of the weights. A draft that stands beside it guesses ahead.
+    rounding, at the price of a second copy of the weights. A draft that stands beside it guesses ahead; a budget
+    that stands there decides what is kept of a long prompt. With both, prompts within the budget are drafted for, and
+    longer ones are not: a guess would have to be verified over a cache that forgets differently.
 
     Args:
         folder: The model's folder.
         model: The model, loaded.
 
     Yields:
-        What to give to `generate`; nothing for an ordinary checkpoint.
+        What to give to `generate`; nothing for an ordinary checkpoint. With a budget beside the model, `generate` also
+        takes `instruction_tokens`, how many tokens at the end of a prompt are its question.
 
     Raises:
         DataError: When what stands beside the model cannot be read or belongs to another one.
@@ -49,6 +53,12 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
         drafter: Any = drafted.drafter
         parts += [drafter, drafter.head]
         options["custom_generate"] = drafted
+    if has_budget(folder):
+        from residency.infer.citrus import from_json
+
+        evicting = from_json(store.read_json(folder / CACHE))
+        short = options.get("custom_generate")
+        options["custom_generate"] = ByLength(short, evicting) if short else evicting
     with _sparse(model), packed(*parts):
         yield options
 
@@ -71,6 +81,46 @@ def _sparse(model: Any) -> Iterator[None]:
         yield
 
 
+class ByLength:
+    """A `custom_generate` that drafts for prompts within a budget, and evicts from longer ones.
+
+    Args:
+        short: For prompts of at most `long.budget` tokens.
+        long: For the others.
+    """
+
+    def __init__(self, short: Any, long: Any) -> None:
+        self.short, self.long = short, long
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Any,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        streamer: Any = None,
+        instruction_tokens: int | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by `generate`."""
+        streamer = streamer if streamer is not None else streamer_of_generate()
+        common = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "streamer": streamer,
+        }
+        if input_ids.shape[1] <= self.long.budget:
+            return self.short(model, input_ids, **common, **model_kwargs)
+        return self.long(model, input_ids, instruction_tokens=instruction_tokens, **common, **model_kwargs)
+
+
+def has_budget(folder: Path) -> bool:
+    """Whether a cache budget stands beside the model."""
+    return (folder / CACHE).exists()
+
+
 def has_draft(folder: Path) -> bool:
     """Whether a draft stands beside the model."""
     return (folder / DRAFT / "config.json").exists()
@@ -81,6 +131,6 @@ def describe(folder: Path) -> dict[str, Any]:
     found = {}
     if has_draft(folder):
         found["draft"] = store.read_json(folder / DRAFT / "config.json").get("method")
-    if (folder / CACHE).exists():
+    if has_budget(folder):
         found["cache"] = store.read_json(folder / CACHE).get("method")
     return found

@@ -89,14 +89,16 @@ def by_generation(
     seed: int = 0,
     progress: Progress | None = None,
     label: str = "scoring",
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of greedily generated answers (see `by_likelihood` for the arguments)."""
+    """Metrics of greedily generated answers (see `by_likelihood` for the arguments; `options` go to `generate`)."""
     from residency.evaluate.generate import generate
 
     found = {name: metric_of(name) for name in metrics}
     prompts = [tokens.encode(row, tokenizer).prompt for row in rows]
+    said = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)
     with (progress or Progress()).task(f"answering the {label}", len(rows)) as advance:
-        for row, text in zip(rows, generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens), strict=True):
+        for row, text in zip(rows, said, strict=True):
             for metric in found.values():
                 metric.update(row.id, text.strip(), row.answer)  # type: ignore[attr-defined]
             advance(1)

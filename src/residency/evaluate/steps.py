@@ -6,6 +6,7 @@ items, prompts and wrong answers are used for every model of a run; that is what
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,9 +153,10 @@ class Evaluate(Examination):
         self, metrics: list[str], model: Any, tokenizer: Any, test: list[Any], job: Job, what: str
     ) -> dict[str, dict[str, Any]]:
         """Scores by metric; likelihood metrics share one pass over the items."""
+        from residency import decoding
         from residency.evaluate import scoring
 
-        settings = {"resamples": self.params.resamples, "seed": job.seed}
+        settings: dict[str, Any] = {"resamples": self.params.resamples, "seed": job.seed}
         found: dict[str, dict[str, Any]] = {}
         if wanted := [m for m in metrics if m in LIKELIHOOD]:
             found |= scoring.by_likelihood(
@@ -168,16 +170,21 @@ class Evaluate(Examination):
                 **settings,
             )
         if wanted := [m for m in metrics if m not in LIKELIHOOD]:
-            found |= scoring.by_generation(
-                wanted,
-                model,
-                tokenizer,
-                test,
-                max_new_tokens=self.params.max_answer_tokens,
-                progress=job.progress,
-                label=what,
-                **settings,
-            )
+            # a cache that forgets is part of what is examined; a draft changes no answer
+            held = decoding.has_budget(job.model)
+            way: Any = decoding.prepared(job.model, model) if held else nullcontext({})
+            with way as options:
+                found |= scoring.by_generation(
+                    wanted,
+                    model,
+                    tokenizer,
+                    test,
+                    max_new_tokens=self.params.max_answer_tokens,
+                    progress=job.progress,
+                    label=what,
+                    **settings,
+                    **options,
+                )
         return found
 
     def _classifier(self, job: Job, outcome: Outcome) -> None:
