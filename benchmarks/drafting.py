@@ -48,7 +48,7 @@ from residency.infer import saveddraft
 from residency.infer.drafted import Drafted
 from residency.infer.drafter import frequent_tokens
 from residency.infer.draftloss import DraftLoss, DraftWeights, collate_thoughts, record
-from residency.infer.lookup import PromptLookup
+from residency.infer.lookup import PromptLookup, WithLookup
 from residency.infer.selftext import answers
 from residency.infer.tree import DynamicTree, StaticTree, TreePolicy
 from residency.lora import Lora, merge
@@ -213,6 +213,7 @@ def decoders(bench: Bench) -> Iterator[tuple[dict[str, Callable[..., Any]], dict
     """Name → what to call `generate` with; the drafted ones also by themselves. Everything but the first is packed."""
     made = {name: saveddraft.load(bench.work / name, bench.model) for name in ("medusa", "clover", "clover-2")}
     drafted = {"plain, our loop": Drafted(None), "prompt lookup": Drafted(PromptLookup(5))} | made
+    drafted["clover-2 and lookup"] = Drafted(WithLookup(made["clover-2"].drafter), made["clover-2"].tree)
     assistant = bases.load_causal_lm(bench.work / "assistant", DEVICE)
     assistant.generation_config.num_assistant_tokens = 4
     assistant.generation_config.num_assistant_tokens_schedule = "constant"

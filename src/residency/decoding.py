@@ -50,7 +50,7 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
         from residency.infer import saveddraft
 
         drafted = saveddraft.load(folder, model)
-        drafter: Any = drafted.drafter
+        drafter: Any = getattr(drafted.drafter, "drafter", drafted.drafter)  # inside a lookup, if there is one
         parts += [drafter, drafter.head]
         options["custom_generate"] = drafted
     if has_budget(folder):

@@ -21,7 +21,7 @@ from residency import bases
 from residency.errors import PlanError
 from residency.infer.clover import Clover, Clover2, CloverParams
 from residency.infer.drafted import Drafted
-from residency.infer.lookup import PromptLookup
+from residency.infer.lookup import PromptLookup, WithLookup
 from residency.infer.medusa import Medusa
 from residency.infer.tree import DynamicTree, StaticTree, Tree
 from residency.packed import packed
@@ -31,6 +31,7 @@ DRAFTERS = {
     "none": lambda m: None,
     "lookup": lambda m: PromptLookup(),
     "medusa": Medusa,
+    "medusa and lookup": lambda m: WithLookup(Medusa(m)),
     "clover": Clover,
     "clover-2": lambda m: Clover2(m, token_ids=torch.arange(3, 60, 2)),
 }

@@ -12,7 +12,6 @@ from residency import bases, catalog, decoding, embedded, plan, recipe, run
 from residency.chat import Chat
 from residency.errors import DataError, PlanError
 from residency.evaluate.cost import measure_speed
-from residency.infer import step_draft
 from residency.infer.drafted import Drafted
 from residency.infer.step_draft import Draft, DraftParams
 from residency.progress import Progress
@@ -103,7 +102,7 @@ def test_texts_survive_a_kill_and_seeds_count(tmp_path, monkeypatch):
     first = job(tmp_path, "first")
     step(**QUICK).run(first)
     killed = job(tmp_path, "killed")
-    monkeypatch.setattr(step_draft, "_measure", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Draft, "_measure", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         step(**QUICK).run(killed)
     monkeypatch.undo()

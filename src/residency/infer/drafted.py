@@ -224,7 +224,10 @@ class _Loop:
         if not torch.equal(
             self.seen, torch.arange(self.T, device=self.device) >= self.seen.logical_not().sum(1)[:, None]
         ):
-            raise ValueError("padding must stand before the text: tokenizer.padding_side = 'left'")
+            raise ValueError(
+                "padding must stand before the text (tokenizer.padding_side = 'left'), and the attention mask have no "
+                "other holes; without a mask, transformers masks every token that equals pad_token_id"
+            )
         if drafter is not None:
             drafter.start(self.B, self.T + 64)
         began = time.perf_counter()

@@ -5,6 +5,9 @@ after an earlier occurrence are the guess, a chain. No parameters, no training, 
 answers quote their prompt or themselves. transformers' `prompt_lookup_num_tokens` takes the earliest occurrence; we
 take the latest that is followed by enough tokens (our choice), for which runs are indexed and not searched.
 
+`WithLookup` puts that chain into another drafter's tree, where the two share what they agree on (ours): a trained draft
+knows the domain, the lookup knows this very text, and a few nodes more cost the target next to nothing.
+
 Source: Saxena, "Prompt Lookup Decoding", 2023, github.com/apoorvumang/prompt-lookup-decoding.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +79,77 @@ class PromptLookup:
         )
 
     def _guess(self, row: int, longest: int) -> list[int]:
+        """What followed the row's last tokens before."""
         text, where = self.text[row], self.where[row]
         for size in range(min(self.ngram, len(text)), 0, -1):
             if found := where.get(tuple(text[-size:])):
                 at = found[max(0, bisect_right(found, len(text) - longest) - 1)]
                 return text[at : at + longest]
         return []
+
+
+class WithLookup:
+    """A drafter's tree with the chain of prompt lookup in it.
+
+    Args:
+        drafter: Any drafter.
+        lookup: What is looked up; by default chains of up to five tokens.
+    """
+
+    def __init__(self, drafter: Any, lookup: PromptLookup | None = None) -> None:
+        self.drafter, self.lookup = drafter, lookup or PromptLookup()
+        self.wants_hidden: bool = drafter.wants_hidden
+
+    def attach(self, target: PreTrainedModel) -> WithLookup:
+        """See `Drafter.attach`."""
+        self.drafter.attach(target)
+        return self
+
+    def start(self, batch: int, capacity: int) -> None:
+        """A new text begins."""
+        self.drafter.start(batch, capacity)
+        self.lookup.start(batch, capacity)
+
+    def observe(self, hidden: Tensor, following: Tensor, counts: Sequence[int], pads: Sequence[int]) -> None:
+        """Both take in what is certain."""
+        self.drafter.observe(hidden, following, counts, pads)
+        self.lookup.observe(hidden, following, counts, pads)
+
+    def draft(self, roots: Tensor, policy: TreePolicy, levels: int, sample: float | None = None) -> Tree:
+        """The drafter's tree, with the chain merged in; drawn trees (`sample`) are left as they were drawn."""
+        tree: Tree = self.drafter.draft(roots, policy, levels, sample)
+        if sample is not None:
+            return tree
+        more = [self._beyond(tree, row, levels) for row in range(len(roots))]
+        width = max(map(len, more))
+        if not width:
+            return tree
+        extra = torch.zeros(len(more), width, 3, dtype=torch.long)
+        alive = torch.zeros(len(more), width, dtype=torch.bool)
+        for row, nodes in enumerate(more):
+            extra[row, : len(nodes)] = torch.tensor(nodes, dtype=torch.long).view(-1, 3)
+            alive[row, : len(nodes)] = True
+        extra, alive = extra.to(roots.device), alive.to(roots.device)
+        return Tree(
+            torch.cat((tree.tokens, extra[..., 0]), 1),
+            torch.cat((tree.parents, extra[..., 1]), 1),
+            torch.cat((tree.depth, extra[..., 2]), 1),
+            torch.cat((tree.alive, alive), 1),
+        )
+
+    def _beyond(self, tree: Tree, row: int, levels: int) -> list[tuple[int, int, int]]:
+        """(token, parent, depth) of the chain's nodes that the tree lacks."""
+        guess = self.lookup._guess(row, min(levels, self.lookup.tokens))
+        n = tree.tokens.shape[1]
+        known = {
+            (int(tree.parents[row, i]), int(tree.tokens[row, i])): i for i in range(1, n) if bool(tree.alive[row, i])
+        }
+        node = 0
+        found: list[tuple[int, int, int]] = []
+        for depth, token in enumerate(guess, start=1):
+            child = known.get((node, token))
+            if child is None:
+                child = n + len(found)
+                found.append((token, node, depth))
+            node = child
+        return found

@@ -20,6 +20,7 @@ from residency.errors import DataError, StoreError
 from residency.infer.clover import Clover, Clover2, CloverParams
 from residency.infer.drafted import Drafted
 from residency.infer.drafter import Drafter
+from residency.infer.lookup import WithLookup
 from residency.infer.medusa import Medusa, MedusaParams
 from residency.infer.tree import DynamicTree, StaticTree, TreePolicy
 
@@ -45,7 +46,9 @@ def make(method: str, target: PreTrainedModel, sizes: dict[str, Any], token_ids:
     return made
 
 
-def save(folder: Path, drafter: Drafter, method: str, sizes: dict[str, Any], tree: TreePolicy) -> None:
+def save(
+    folder: Path, drafter: Drafter, method: str, sizes: dict[str, Any], tree: TreePolicy, *, lookup: bool = False
+) -> None:
     """Write `draft/` into a model's folder.
 
     Args:
@@ -54,6 +57,7 @@ def save(folder: Path, drafter: Drafter, method: str, sizes: dict[str, Any], tre
         method: Of `KINDS`.
         sizes: What the drafter was made with.
         tree: To decode with.
+        lookup: Whether guesses from the text itself join the tree (`lookup.WithLookup`).
     """
     place = folder / FOLDER
     place.mkdir(parents=True)
@@ -67,6 +71,7 @@ def save(folder: Path, drafter: Drafter, method: str, sizes: dict[str, Any], tre
             "sizes": sizes,
             "vocabulary": known,
             "tree": describe(tree),
+            "lookup": lookup,
             "target": fingerprint(drafter.target),
         },
     )
@@ -101,7 +106,7 @@ def load(folder: Path, target: PreTrainedModel) -> Drafted:
             hint=hint,
         )
     drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False).attach(target)
-    return Drafted(drafter, tree)
+    return Drafted(WithLookup(drafter) if config.get("lookup") else drafter, tree)
 
 
 def describe(tree: TreePolicy) -> dict[str, Any]:
