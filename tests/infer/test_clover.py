@@ -138,18 +138,6 @@ def test_padding_on_the_right_changes_nothing():
         torch.testing.assert_close(b[:, :9], a, atol=1e-5, rtol=1e-4)
 
 
-def test_medusa_starts_as_the_targets_own_prediction():
-    model = tiny()
-    drafter = Medusa(model).attach(model)
-    drafter.start(1, 0)
-    ids = torch.tensor([[4, 8, 15]])
-    drafter.observe(states(model, ids), ids, [3], [0])
-    logits, state = drafter.first()
-    torch.testing.assert_close(logits[0, 0], model(ids).logits[0, -1])
-    both, _ = drafter.next(state, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
-    assert torch.equal(both[0, 0], both[0, 1])  # whatever was guessed before
-
-
 def test_drafted_trees_hold_the_most_probable_guesses():
     """The tree of a Clover-2 against guesses ranked by hand."""
     model = tiny()

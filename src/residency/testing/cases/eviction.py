@@ -170,7 +170,7 @@ class StreamingCase(CacheCase):
     name = "streaming-llm"
 
     def decoder(self, budget: int, chunk: int) -> Any:
-        from residency.infer.decoding import Evicting
+        from residency.infer.evicting import Evicting
         from residency.infer.eviction import Streaming
 
         return Evicting(Streaming(), budget, chunk)
@@ -185,7 +185,7 @@ class H2OCase(CacheCase):
     name = "h2o"
 
     def decoder(self, budget: int, chunk: int) -> Any:
-        from residency.infer.decoding import Evicting
+        from residency.infer.evicting import Evicting
         from residency.infer.eviction import H2O
 
         return Evicting(H2O(), budget, chunk)
@@ -202,7 +202,7 @@ class TOVACase(CacheCase):
     name = "tova"
 
     def decoder(self, budget: int, chunk: int) -> Any:
-        from residency.infer.decoding import Evicting
+        from residency.infer.evicting import Evicting
         from residency.infer.eviction import TOVA
 
         return Evicting(TOVA(), budget, chunk)
@@ -217,7 +217,7 @@ class SnapKVCase(CacheCase):
     name = "snapkv"
 
     def decoder(self, budget: int, chunk: int) -> Any:
-        from residency.infer.decoding import Evicting
+        from residency.infer.evicting import Evicting
         from residency.infer.eviction import SnapKV
 
         return Evicting(SnapKV(), budget, chunk)
