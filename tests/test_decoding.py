@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -108,10 +109,33 @@ def test_short_prompts_are_drafted_for_and_long_ones_evicted_from(folder):
 
 def test_damage_is_said(folder):
     add_draft(folder)
-    (folder / "draft" / "config.json").write_text("{}")
+    (folder / "draft" / "config.json").write_text("{")
     with pytest.raises(DataError, match="draft cannot be read"):
         Chat.open(folder)
     shutil.rmtree(folder / "draft")
     (folder / "cache.json").write_text('{"method": "forget-all"}')
     with pytest.raises(DataError, match="cache settings do not fit"):
         Chat.open(folder)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_an_answer_may_be_left_before_its_end(folder, drafted):
+    if drafted:
+        add_draft(folder)
+    chat = Chat.open(folder, max_tokens=300)
+    answer = chat.ask("What is a permit?")
+    next(answer)
+    answer.close()
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+    assert threading.active_count() == 1 or not any("generate" in t.name for t in threading.enumerate())
+    chat.max_tokens = 5
+    "".join(chat.ask("And then?"))
+    assert len(chat.turns) == 4
+
+
+def test_a_question_that_fails_leaves_no_trace(folder):
+    chat = Chat.open(folder, max_tokens=4)
+    chat.options["no_such_argument"] = 1
+    with pytest.raises(ValueError, match="no_such_argument"):
+        "".join(chat.ask("Hi"))
+    assert chat.turns == []

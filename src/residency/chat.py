@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from residency import bases, decoding
 from residency.errors import PlanError
@@ -65,7 +66,7 @@ class Chat:
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as they are generated."""
         import torch
-        from transformers import TextIteratorStreamer
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
         self.turns.append({"role": "user", "content": question})
         if self.tokenizer.chat_template:
@@ -78,6 +79,13 @@ class Chat:
             options["instruction_tokens"] = self._question_tokens(text, question)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        enough = threading.Event()
+
+        class Enough(StoppingCriteria):
+            """Stops the generation when nobody listens any more."""
+
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+                return torch.full((len(input_ids),), enough.is_set(), device=input_ids.device)
 
         def generate() -> None:
             try:
@@ -88,6 +96,7 @@ class Chat:
                         max_new_tokens=self.max_tokens,
                         do_sample=False,
                         streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([Enough()]),
                         pad_token_id=self.tokenizer.pad_token_id,
                         **options,
                     )
@@ -97,11 +106,18 @@ class Chat:
 
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        worker.join()
+        pieces: list[str] = []
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        finally:  # also when the listener leaves before the end: the next answer must not meet this one
+            enough.set()
+            worker.join()
+            said = "".join(pieces).strip()
+            if failure and not said:
+                self.turns.pop()
+            else:
+                self.turns.append({"role": "assistant", "content": said or "…"})
         if failure:
             raise failure[0]
-        self.turns.append({"role": "assistant", "content": "".join(pieces).strip() or "…"})

@@ -132,7 +132,7 @@ def make(recipe: Recipe) -> Plan:
         nodes.append(Node(f"{of}.exam", exam, address, inputs, forecast, _params(exam), name=catalog.EXAM_STEP, of=of))
 
     examine("00-base", state)
-    beside = ""  # the last step that put something beside the model's weights
+    beside = ""  # the first step that put something beside the model's weights
     for i, entry in enumerate(e for e in recipe.steps if e.name != catalog.EXAM_STEP):
         index = recipe.steps.index(entry)
         where = recipe.where("steps", index, entry.name)
@@ -143,7 +143,7 @@ def make(recipe: Recipe) -> Plan:
                 where=where,
                 hint=f"move `{entry.name}` before `{beside}`",
             )
-        beside = entry.name if entry.step.beside else beside
+        beside = beside or (entry.name if entry.step.beside else "")
         inputs = {port: ports[port] for port in sorted(entry.step.reads & {"model", "rows"})}
         if {"examples", "test"} & entry.step.reads or entry.step.sources():
             inputs["data"] = data_address

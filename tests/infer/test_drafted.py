@@ -264,3 +264,77 @@ def test_a_real_model_in_float32():
         with packed(model):
             mine = plain(model, ids, max_new_tokens=16, custom_generate=Drafted(drafter, StaticTree()))
         assert torch.equal(mine, theirs)
+
+
+def test_the_cache_left_behind_holds_the_text_and_nothing_more(model):
+    text = plain(model)[0].tolist()
+    end = text[15]
+    for new, ends in ((40, None), (7, None), (40, end)):
+        settings = {"max_new_tokens": new, "eos_token_id": ends}
+        out = plain(model, custom_generate=Drafted(Oracle([text])), return_dict_in_generate=True, **settings)
+        theirs = plain(model, return_dict_in_generate=True, **settings)
+        assert out.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+        torch.testing.assert_close(out.past_key_values.layers[1].keys, theirs.past_key_values.layers[1].keys)
+        longer = torch.cat((out.sequences, torch.tensor([[3, 4]])), 1)
+        more = plain(model, longer)
+        assert torch.equal(plain(model, longer, past_key_values=out.past_key_values), more)  # transformers' own loop
+    mine = DynamicCache(config=model.config)
+    plain(model, custom_generate=Drafted(Oracle([text])), past_key_values=mine)
+    assert mine.get_seq_length() == 45
+    both = torch.cat((PROMPT, PROMPT.flip(1)))
+    out = plain(model, both, custom_generate=Drafted(Oracle([text, []])), return_dict_in_generate=True)
+    lengths = {layer.get_seq_length() for layer in out.past_key_values.layers} if out.past_key_values else {45}
+    assert lengths == {45}
+
+
+def test_results_are_ordinary_tensors(model):
+    ids = plain(model, custom_generate=Drafted(Clover2(model)))
+    ids[0, 0] = 3
+    trained = tiny().requires_grad_(True)
+    trained(ids, labels=ids).loss.backward()
+    with torch.inference_mode():
+        drafter = Clover2(model, token_ids=torch.arange(50)).attach(model)
+    assert not drafter.head.weight.is_inference()
+
+
+def test_a_criterion_is_known_by_its_class(model):
+    class Mine(StoppingCriteria):
+        max_length = 5
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 10])
+
+    stops = StoppingCriteriaList([Mine()])
+    assert plain(model, custom_generate=Drafted(PromptLookup()), stopping_criteria=stops).shape[1] == 10
+
+
+def test_more_that_is_refused(model):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(PlanError, match="dynamic, whose frequencies depend"):
+        plain(tiny(rope_parameters=rope), custom_generate=Drafted(None))
+    with pytest.raises(PlanError, match="without output_scores"):
+        plain(model, custom_generate=Drafted(None), output_scores=True, return_dict_in_generate=True)
+    with pytest.raises(PlanError, match="see all rows at once"):
+        both = PROMPT.repeat(2, 1)
+        plain(model, both, custom_generate=Drafted(None), prefix_allowed_tokens_fn=lambda row, ids: [row + 3])
+    with pytest.raises(PlanError, match=r"drafter.to\(model.dtype\)"):
+        plain(tiny().to(torch.bfloat16), custom_generate=Drafted(Clover2(model)))
+    for paths in ([[1]], [[0], [2]]):
+        with pytest.raises(ValueError, match="without gaps"):
+            Drafted(Clover2(model), StaticTree(paths), sampling="rejection")
+    with pytest.raises(ValueError, match="temperature is positive"):
+        Drafted(Clover2(model), StaticTree(), sampling="rejection", temperature=0.0)
+
+
+def test_a_tree_wider_than_the_draft_vocabulary(model):
+    few = torch.tensor([3, 5])
+    assert torch.equal(plain(model, custom_generate=Drafted(Medusa(model, token_ids=few), StaticTree())), plain(model))
+
+
+def test_heads_follow_weights_written_in_place():
+    model = tiny()
+    drafter = Medusa(model, token_ids=torch.arange(9)).attach(model)
+    before = drafter.head.weight.clone()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    assert torch.equal(drafter.attach(model).head.weight, -before)

@@ -80,7 +80,7 @@ def test_a_chain_is_judged_as_transformers_judges_it():
             [0, *drawn.tolist()],
             list(range(-1, N)),
             q=torch.cat((torch.ones(1, 1), q.gather(2, drawn[None, :, None])[..., 0]), 1),
-            dense=[(q[:, i : i + 1], torch.tensor([[i]])) for i in range(N)],
+            dense=[(q[:, i : i + 1].log(), torch.tensor([[i]])) for i in range(N)],
         )
         it = iter(uniforms[0].tolist())
         original = torch.rand
@@ -112,7 +112,10 @@ def test_what_comes_out_has_the_targets_distribution(rule):
             tokens,
             [-1, 0, 0, 1, 1],
             q=torch.ones(1, 5),
-            dense=[(q1[None, None], torch.tensor([[0]])), (q2[first[0]][None, None], torch.tensor([[1]]))],
+            dense=[
+                (q1.log()[None, None], torch.tensor([[0]])),
+                (q2[first[0]].log()[None, None], torch.tensor([[1]])),
+            ],
         )
         logits = torch.stack([p1, *(p2[t] for t in first), torch.ones(V), torch.ones(V)]).log()[None]
         (verdict,) = getattr(verify, rule)(given, logits)
@@ -130,7 +133,7 @@ def test_rejection_accepts_everything_when_draft_and_target_agree():
     p = (2 * torch.randn(6)).softmax(-1)
     for _ in range(50):
         first = int(torch.multinomial(p, 1))
-        given = tree([0, first], [-1, 0], q=torch.ones(1, 2), dense=[(p[None, None], torch.tensor([[0]]))])
+        given = tree([0, first], [-1, 0], q=torch.ones(1, 2), dense=[(p.log()[None, None], torch.tensor([[0]]))])
         (verdict,) = verify.rejection(given, p.log().expand(1, 2, -1))
         assert verdict.path == [0, 1]
 
@@ -142,7 +145,21 @@ def test_a_draft_vocabulary_is_a_subset():
     counts = torch.zeros(6)
     for _ in range(6000):
         token = int(ids[torch.multinomial(q, 1)])
-        given = tree([0, token], [-1, 0], q=torch.ones(1, 2), dense=[(q[None, None], torch.tensor([[0]]))])
+        given = tree([0, token], [-1, 0], q=torch.ones(1, 2), dense=[(q.log()[None, None], torch.tensor([[0]]))])
         (verdict,) = verify.rejection(given, p.log().expand(1, 2, -1), vocabulary=ids)
         counts[verdict.tokens[0]] += 1
     assert chisquare(counts, 6000 * p).pvalue > 1e-3
+
+
+def test_a_drafter_that_is_all_but_certain_distorts_nothing():
+    """At a low temperature all but the first probability underflow; the second and third draw still count."""
+    torch.manual_seed(3)
+    logq = (torch.tensor([12.0, 0.0, -1.0, -2.0]) / 0.1).log_softmax(-1)
+    counts = torch.zeros(4)
+    for _ in range(2000):
+        gumbel = logq - torch.empty(4).exponential_().log()
+        order = gumbel.argsort(descending=True)[:3].tolist()
+        given = tree([9, *order], [-1, 0, 0, 0], q=torch.ones(1, 4), dense=[(logq[None, None], torch.tensor([[0]]))])
+        (verdict,) = verify.rejection(given, torch.zeros(1, 4, 4))
+        counts[verdict.tokens[0]] += 1
+    assert chisquare(counts, torch.full((4,), 500.0)).pvalue > 1e-3

@@ -10,7 +10,8 @@ where the two best logits lie closer together than rounding (about 1e-4); sample
 logits processors and all.
 
 Batches may be left-padded, rows accept different numbers of tokens, and finished rows are padded, as in transformers.
-Processors that look at the text so far see, at every node, the text that leads to it.
+Processors that look at the text so far see, at every node, the text that leads to it; they and stopping criteria are
+called with one row at a time. One decoder serves one call of `generate` at a time: not for several threads.
 
 Cost: per step one pass of the target over n tokens, which on a CPU with packed weights (`residency.packed`) or on a GPU
 takes about as long as over one, plus the drafter. `stats` says where the time went and what was accepted.
@@ -29,14 +30,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from residency.compat import streamer_of_generate
 from residency.errors import PlanError
 from residency.infer import verify
 from residency.infer.drafter import Drafter, final_norm
-from residency.infer.slotcache import SlotCache, tree_mask
+from residency.infer.slotcache import SlotCache, SlotLayer, tree_mask
 from residency.infer.tree import DynamicTree, StaticTree, Tree, TreePolicy
 
 Sampling = Literal["matching", "rejection"]
@@ -132,8 +133,15 @@ class Drafted:
         self.tree: TreePolicy = tree or DynamicTree()
         if sampling not in ("matching", "rejection"):
             raise ValueError(f"sampling is 'matching' or 'rejection', not {sampling!r}")
-        if sampling == "rejection" and not (isinstance(self.tree, StaticTree) and isinstance(drafter, Drafter)):
-            raise ValueError("rejection sampling needs a StaticTree and a drafter with probabilities")
+        if sampling == "rejection":
+            if not (isinstance(self.tree, StaticTree) and isinstance(drafter, Drafter)):
+                raise ValueError("rejection sampling needs a StaticTree and a drafter with probabilities")
+            if not self.tree.dense:
+                raise ValueError(
+                    "rejection sampling tries siblings in the order drawn: ranks must be 0, 1, … without gaps"
+                )
+            if temperature <= 0:
+                raise ValueError(f"the drafter's temperature is positive, not {temperature}")
         self.sampling, self.temperature = sampling, temperature
         self.stats, self.last = DraftStats(), DraftStats()
 
@@ -163,7 +171,13 @@ class Drafted:
         check(model, generation_config)
         if self.drafter is not None:
             self.drafter.attach(model)
-        with torch.inference_mode():
+            inner = getattr(self.drafter, "drafter", self.drafter)
+            if isinstance(inner, Drafter) and inner.dtype != model.dtype:
+                raise PlanError(
+                    f"the draft computes in {inner.dtype}, and the model in {model.dtype}",
+                    hint="drafter.to(model.dtype)",
+                )
+        with torch.no_grad():
             loop = _Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             found = loop.run(model_kwargs)
         self.last = loop.stats
@@ -175,7 +189,8 @@ def check(model: PreTrainedModel, generation_config: Any = None) -> None:
     """Refuse what a tree cannot be verified for.
 
     Raises:
-        PlanError: Encoder-decoders, sliding windows and states that cannot be taken back; beams; several sequences.
+        PlanError: Encoder-decoders, sliding windows and states that cannot be taken back; positions whose meaning depends
+            on the longest one; beams; outputs that are not kept.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
@@ -186,9 +201,25 @@ def check(model: PreTrainedModel, generation_config: Any = None) -> None:
             f"{type(model).__name__} has {', '.join(sorted(kinds - {'full_attention'})) or 'sliding-window'} layers",
             hint="a tree needs a cache from which guesses can be taken back: full attention in every layer",
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if (kind := part.get("rope_type")) in ("dynamic", "longrope"):
+            raise PlanError(
+                f"{type(model).__name__} has RoPE of type {kind}, whose frequencies depend on the longest position",
+                hint="a tree reaches further than one token does; such models cannot be drafted for losslessly",
+            )
     final_norm(model)
-    if generation_config is not None and (generation_config.num_beams or 1) > 1:
+    if generation_config is None:
+        return
+    if (generation_config.num_beams or 1) > 1:
         raise PlanError("drafting is for greedy decoding and sampling, not for beams", hint="set num_beams=1")
+    for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
+        if getattr(generation_config, name, False):
+            raise PlanError(f"a drafted answer comes without {name}", hint=f"leave {name} out")
+
+
+BATCHED = ("PrefixConstrained", "UnbatchedClassifierFreeGuidance", "EncoderRepetition", "EncoderNoRepeat")
+"""Beginnings of processors that must see all rows at once; here each row is processed by itself."""
 
 
 class _Loop:
@@ -212,6 +243,15 @@ class _Loop:
         self.room = config.max_length - self.T
 
     def run(self, model_kwargs: dict[str, Any]) -> Any:
+        if not self.T or model_kwargs.get("inputs_embeds") is not None:
+            raise PlanError("drafting starts from token ids, not from embeddings", hint="give input_ids")
+        if self.B > 1:
+            for processor in self.processor or ():
+                if type(processor).__name__.startswith(BATCHED):
+                    raise PlanError(
+                        f"{type(processor).__name__} must see all rows at once, and rows are drafted for one by one",
+                        hint="give one prompt at a time, or leave custom_generate out",
+                    )
         mask = model_kwargs.get("attention_mask")
         given = model_kwargs.get("past_key_values")
         drafter = self.owner.drafter
@@ -245,9 +285,28 @@ class _Loop:
         longest = max(map(len, self.said))
         rows = [row + [self.pad] * (longest - len(row)) for row in self.said]
         sequences = torch.cat((self.prompt, torch.tensor(rows, device=self.device, dtype=self.prompt.dtype)), 1)
-        if self.config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # type: ignore[arg-type]
+        wanted = self.config.return_dict_in_generate
+        left = self._left_behind(cache, given) if wanted or getattr(given, "_is_user_defined", False) else None
+        if wanted:
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=left)  # type: ignore[arg-type]
         return sequences
+
+    def _left_behind(self, cache: SlotCache, given: Any) -> Any:
+        """What the next turn may go on from: a plain cache of all tokens but the last; None where rows differ."""
+        if len(set(cache.lengths)) > 1:
+            return None
+        end = cache.lengths[0]
+        plain: Any = given if isinstance(given, DynamicCache) else DynamicCache(config=self.model.config)
+        for i, layer in enumerate(cache.layers):
+            assert isinstance(layer, SlotLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
+            keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
+            if plain.layers[i : i + 1] and plain.layers[i].is_initialized:
+                plain.layers[i].keys, plain.layers[i].values = keys, values
+            else:
+                plain.update(keys, values, i)
+        return plain
 
     def _cache(self) -> SlotCache:
         return SlotCache(self.model.config.get_text_config().num_hidden_layers, self.B, self.T + 64)
@@ -301,10 +360,10 @@ class _Loop:
         verified = time.perf_counter()
         self._count(tree, verdicts)
         for b, verdict in enumerate(verdicts):
-            if self.done[b]:  # a finished row stands still
+            if self.done[b]:  # a finished row stands still; the drafter is told something, of no consequence
                 verdict.path, verdict.tokens = verdict.path[:1], verdict.tokens[:1]
-        cache.accept([v.path for v in verdicts])
-        self._take([v.tokens for v in verdicts])
+        kept = self._take([v.tokens for v in verdicts])
+        cache.accept([v.path[:n] for v, n in zip(verdicts, kept, strict=True)])  # a row that ended keeps what it said
         if self.streamer is not None:
             new = self.said[0][-min(len(verdicts[0].tokens), self._fresh) :] if self._fresh else []
             if new:
@@ -316,8 +375,8 @@ class _Loop:
                 width = max(len(v.path) for v in verdicts)
                 paths = torch.tensor([v.path + [0] * (width - len(v.path)) for v in verdicts], device=self.device)
                 hidden = states[0] if states else logits.new_empty(self.B, logits.shape[1], 0)
-                kept = hidden.gather(1, paths[..., None].expand(-1, -1, hidden.shape[-1]))
-                self._observe(drafter, kept, [v.tokens for v in verdicts])
+                certain = hidden.gather(1, paths[..., None].expand(-1, -1, hidden.shape[-1]))
+                self._observe(drafter, certain, [v.tokens for v in verdicts])
         now = time.perf_counter()
         self.stats.draft_seconds += drafted - began
         self.stats.verify_seconds += verified - drafted
@@ -345,24 +404,31 @@ class _Loop:
                 stats.offered[level] = stats.offered.get(level, 0) + 1
                 stats.accepted[level] = stats.accepted.get(level, 0) + (level <= taken)
 
-    def _take(self, new: list[list[int]]) -> None:
-        """Append tokens row by row, up to where the row ends: end-of-text, length, or any other criterion."""
+    def _take(self, new: list[list[int]]) -> list[int]:
+        """Append tokens row by row, up to where the row ends: end-of-text, length, or any other criterion.
+
+        Returns:
+            How many each row took.
+        """
         first = not self.stats.steps
         self._fresh = 0
+        taken = [0] * len(new)
         for b, tokens in enumerate(new):
             if self.done[b]:
                 continue
             for token in tokens:
+                taken[b] += 1
                 self.said[b].append(token)
                 self._fresh += b == 0
                 self.stats.tokens += not first
                 if token in self.eos or len(self.said[b]) >= self.room or self._stopped(b):
                     self.done[b] = True
                     break
+        return taken
 
     def _stopped(self, b: int) -> bool:
         """Whether a criterion other than length and end-of-text wants row b to stop."""
-        others = [c for c in self.criteria or () if not hasattr(c, "eos_token_id") and not hasattr(c, "max_length")]
+        others = [c for c in self.criteria or () if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
         if not others:
             return False
         return any(bool(torch.as_tensor(c(self._text(b, []), None)).any()) for c in others)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from residency.errors import PlanError
 from residency.infer.slotcache import SlotCache
-from residency.infer.tree import Tree, TreePolicy
+from residency.infer.tree import Level, Tree, TreePolicy
 
 
 class Drafter(nn.Module):
@@ -60,7 +60,7 @@ class Drafter(nn.Module):
             PlanError: When target and drafter do not fit, or the target is of a family that cannot be drafted for.
         """
         head = target.get_output_embeddings()
-        if self._target is target and self._at == (head.weight.data_ptr(), head.weight.dtype, head.weight.device):
+        if self._target is target and self._at == _state_of(head.weight):
             return self
         final_norm(target)
         if head is None or getattr(head, "bias", None) is not None:
@@ -69,10 +69,11 @@ class Drafter(nn.Module):
             )
         self.fit_check(head.weight.shape[1], head.weight.shape[0])
         object.__setattr__(self, "_target", target)  # not a submodule: neither trained nor saved
-        self._at = (head.weight.data_ptr(), head.weight.dtype, head.weight.device)
+        self._at = _state_of(head.weight)
         self.to(device=head.weight.device)
         ids = self.token_ids
-        rows = head.weight.detach() if ids is None else head.weight.detach()[ids].clone()
+        with torch.inference_mode(False):  # or these rows could not be trained against later
+            rows = head.weight.detach() if ids is None else head.weight.detach()[ids].clone()
         mine = nn.Linear(1, 1, bias=False, device="meta")
         mine.weight = nn.Parameter(rows, requires_grad=False)
         object.__setattr__(self, "_head", mine)
@@ -187,6 +188,9 @@ class Drafter(nn.Module):
             grown = policy.grow(level, guesses, path, spent)
             if grown is None:
                 break
+            if policy.fanout > index.shape[-1]:  # a static tree wider than the draft vocabulary
+                there = grown.ranks < index.shape[-1]
+                grown = Level(grown.parents, grown.ranks.clamp_max(index.shape[-1] - 1), grown.alive & there)
             chosen = index.flatten(1).gather(1, grown.parents * index.shape[-1] + grown.ranks)
             tokens = self.ids_of(chosen)
             here = torch.arange(width, width + tokens.shape[1], device=device).expand(B, -1)
@@ -199,7 +203,7 @@ class Drafter(nn.Module):
                 left = 1 - (p.cumsum(-1) - p)  # mass not yet drawn when each guess was
                 q = (p / left.clamp_min(1e-9)).flatten(1).gather(1, grown.parents * p.shape[-1] + grown.ranks)
                 drawn.append(q)
-                dense.append((logp.exp(), at))
+                dense.append((logp, at))
             score = guesses.flatten(1).gather(1, grown.parents * guesses.shape[-1] + grown.ranks)
             path = (path.gather(1, grown.parents) + score).masked_fill(~grown.alive, -torch.inf)
             spent, width = spent + tokens.shape[1], width + tokens.shape[1]
@@ -219,6 +223,12 @@ class Drafter(nn.Module):
             torch.cat(drawn, 1) if sample is not None else None,
             tuple(dense),
         )
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    """What changes when a weight is replaced, moved, converted or written to."""
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.dtype, weight.device, version
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:

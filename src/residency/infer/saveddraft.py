@@ -7,6 +7,7 @@ check that the draft belongs to these weights. (A draft of other weights would s
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def load(folder: Path, target: PreTrainedModel) -> Drafted:
     hint = "remove the folder `draft` to go without, or run the recipe's draft step again"
     try:
         config = store.read_json(place / "config.json")
+        _check_target(config.get("target"), target, place, hint)
         state = load_file(place / "model.safetensors")
         drafter = make(config["method"], target, config["sizes"], state.get("token_ids"))
         drafter.load_state_dict(state)
@@ -99,14 +101,20 @@ def load(folder: Path, target: PreTrainedModel) -> Drafted:
         raise DataError(
             f"the draft cannot be read: {str(error).splitlines()[0]}", where=str(place), hint=hint
         ) from error
-    if config.get("target") != (mine := fingerprint(target)):
+    drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False).attach(target)
+    return Drafted(WithLookup(drafter) if config.get("lookup") else drafter, tree)
+
+
+def _check_target(saved: Any, target: PreTrainedModel, place: Path, hint: str) -> None:
+    """Refuse a draft whose target had another LM head; precisions may differ by a rounding or two."""
+    mine = fingerprint(target)
+    same = isinstance(saved, list) and len(saved) == len(mine)
+    if not same or not all(math.isclose(a, b, rel_tol=2**-6, abs_tol=1e-30) for a, b in zip(saved, mine, strict=True)):
         raise DataError(
-            f"the draft was trained for another model (its LM head {config.get('target')}, this one's {mine})",
+            f"the draft was trained for another model (its LM head {saved}, this one's {mine})",
             where=str(place),
             hint=hint,
         )
-    drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False).attach(target)
-    return Drafted(WithLookup(drafter) if config.get("lookup") else drafter, tree)
 
 
 def describe(tree: TreePolicy) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def tree_of(described: dict[str, Any]) -> TreePolicy:
 
 
 def fingerprint(target: PreTrainedModel) -> list[float]:
-    """A few entries of the LM head and its shape, as bfloat16 would hold them: the same in every precision."""
+    """A few entries of the LM head and its shape, as bfloat16 would hold them: nearly the same in every precision."""
     weight = target.get_output_embeddings().weight
     some = torch.stack([weight[0, 0], weight[-1, -1], weight[len(weight) // 2, 0]]).to(torch.bfloat16)
     return [float(len(weight)), float(weight.shape[1]), *some.float().tolist()]

@@ -5,7 +5,9 @@ length. Here every layer owns a buffer [B, G, S, d]; a forward pass of n nodes w
 certain entry, and `accept` keeps those on the accepted path by moving them together. What lies behind a row's length is
 rubbish that the next pass overwrites and no mask ever shows. The buffer doubles when it is full.
 
-It is an ordinary `transformers.Cache`: a prompt is read through it with the model's own masks; `tree_mask` gives the
+The model sees a `transformers.Cache`: a prompt is read through it with the model's own masks. But entries count only
+when they are declared certain (`advance`, `accept`), so it is for the decoding loop and not for `generate`; users get
+a `DynamicCache` back. `tree_mask` gives the
 mask of a tree pass, additive, since a boolean one is silently wrong under eager attention.
 """
 

@@ -46,7 +46,7 @@ class DraftParams(TrainParams):
     clip: float = Field(0.5, gt=0)
     """Largest norm of the gradient."""
     nodes: int = Field(8, ge=1, le=64)
-    """Guesses per step, at most."""
+    """Guesses per step, at most; those of the lookup come on top."""
     least: float = Field(0.05, ge=0, lt=1)
     """Guesses on a path less probable than this are not worth the target's time."""
     lookup: bool = True
@@ -148,7 +148,7 @@ class Draft(Step):
             )
         ids = None
         if p.vocabulary is not None:
-            seen = [[*item.prompt, *item.answer] for item in (*texts, *items)]
+            seen = [[*item.prompt, *item.answer] for item in (*texts, *learn)]
             size = model.get_output_embeddings().weight.shape[0]
             ids = frequent_tokens(seen, p.vocabulary, size, always=_ends(model, tokenizer)).to(job.device)
         torch.manual_seed(job.seed)
@@ -201,7 +201,7 @@ class Draft(Step):
         )
 
     def _texts(self, model: Any, tokenizer: Any, items: list[Any], job: Job) -> list[Any]:
-        """What is trained on; texts the model has written survive a kill in `scratch`."""
+        """What is trained on; once written, the model's texts stay in `scratch` and survive a kill."""
         from residency import store, tokens
 
         p = self.params

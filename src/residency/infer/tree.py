@@ -57,7 +57,7 @@ class Tree:
         alive: [B, n]; False where a row has fewer nodes than the widest (such nodes are never accepted).
         q: [B, n] probability with which each node was drawn (among its siblings not drawn before), or None where
             nodes are the most probable ones and not drawn.
-        dense_q: Per level, the drafter's distributions [B, F, V'] over its vocabulary behind the draws of the
+        dense_q: Per level, the drafter's log-probabilities [B, F, V'] over its vocabulary behind the draws of the
             children of that level's F nodes, and the tree columns of these F nodes; only with `q`.
     """
 
@@ -158,6 +158,12 @@ class StaticTree:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the children of every node have the ranks 0, 1, … without gaps."""
+        known = set(self.paths)
+        return all(path[-1] == 0 or (*path[:-1], path[-1] - 1) in known for path in self.paths)
 
     @classmethod
     def chain(cls, length: int) -> StaticTree:

@@ -139,23 +139,22 @@ def rejection(
         verdict, node = Verdict(), 0
         while True:
             own = logits[row, node] if process is None else process(row, verdict.tokens, logits[row, node])
-            p, q = own.double().softmax(-1), None
+            p, logq = own.double().softmax(-1), None
             accepted = None
             for child in below[row][node]:
-                if q is None:
-                    q = torch.zeros_like(p)
-                    dense = drawn_from[node].double()
-                    q[vocabulary if vocabulary is not None else slice(None)] = dense
+                if logq is None:
+                    logq = torch.full_like(p, -torch.inf)
+                    logq[slice(None) if vocabulary is None else vocabulary] = drawn_from[node].double()
                 token = ids[child]
-                if float(torch.rand(())) * float(q[token]) < float(p[token]):
+                logq = logq.log_softmax(-1)  # of what was not drawn yet
+                if float(torch.rand(())) * float(logq[token].exp()) < float(p[token]):
                     accepted = child
                     break
-                p = (p - q).clamp_min(0)
+                p = (p - logq.exp()).clamp_min(0)
                 if not float(p.sum()) > 0:  # p = q up to rounding: nothing is left but what was rejected by a hair
                     p = own.double().softmax(-1)
                 p = p / p.sum()
-                q[token] = 0
-                q = q / q.sum().clamp_min(torch.finfo(q.dtype).tiny)
+                logq[token] = -torch.inf
             if accepted is None:
                 verdict.tokens.append(int(torch.multinomial(p, 1)))
                 break
