@@ -52,3 +52,13 @@ def test_without_the_kernels_nothing_changes(monkeypatch):
     model = nn.Linear(4, 4)
     with packed.packed(model):
         assert "forward" not in model.__dict__
+
+
+@pytest.mark.skipif(not packed.available(), reason="this build of torch has no oneDNN kernels")
+def test_weights_written_or_converted_inside_are_not_ignored():
+    model, x = nn.Linear(6, 3, bias=False), torch.ones(2, 6)
+    with packed.packed(model), torch.no_grad():
+        model.weight.fill_(2.0)
+        assert torch.equal(model(x), torch.full((2, 3), 12.0))
+        model.double()
+        assert torch.equal(model(x.double()), torch.full((2, 3), 12.0, dtype=torch.float64))

@@ -7,8 +7,9 @@ weights reordered in advance ("packed") need 20 and 19 ms. Packing costs a secon
 some tens of milliseconds, once.
 
 `packed(model)` gives every plain `nn.Linear` of a model on a CPU such a copy for the duration of a `with` block, and
-takes it away again; layers of other classes, other devices and training are left as they are. Results agree with the
-plain ones to rounding (about 1e-6 relative).
+takes it away again; layers of other classes, other devices and training are left as they are, and a weight that is written to
+or converted inside the block falls back to the plain product. A model cannot be copied while it is packed. Results
+agree with the plain ones to rounding (about 1e-6 relative).
 
 Uses `torch.ops.mkldnn._linear_pointwise`, which torch's own compiler emits; where a build of torch lacks it, the block
 changes nothing.
@@ -58,7 +59,7 @@ def packed(*models: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for layer in (layer for model in models for layer in model.modules()):
                     if _suits(layer):
-                        forward: Any = partial(_forward, layer, pack(layer.weight))  # type: ignore[arg-type]
+                        forward: Any = partial(_forward, layer, pack(layer.weight), _state(layer))  # type: ignore[arg-type]
                         layer.forward = forward
                         taken.append(layer)
         yield
@@ -71,10 +72,17 @@ def _suits(layer: nn.Module) -> bool:
     """Plain linear layers in float32 or bfloat16 on a CPU, not packed (or otherwise replaced) already."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__ or not layer.weight.numel():
         return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16)
+    half = layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return layer.weight.device.type == "cpu" and (layer.weight.dtype == torch.float32 or half)
 
 
-def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or x.dtype != layer.weight.dtype or not x.numel():
+def _state(layer: nn.Linear) -> tuple[Any, ...]:
+    """What changes when a weight is replaced, converted or written to."""
+    weight = layer.weight
+    return weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
+
+
+def _forward(layer: nn.Linear, weight: Tensor, packed_from: tuple[Any, ...], x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or x.dtype != layer.weight.dtype or not x.numel() or _state(layer) != packed_from:
         return nn.functional.linear(x, layer.weight, layer.bias)
     return linear(x, weight, layer.bias)

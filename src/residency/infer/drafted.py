@@ -189,8 +189,8 @@ def check(model: PreTrainedModel, generation_config: Any = None) -> None:
     """Refuse what a tree cannot be verified for.
 
     Raises:
-        PlanError: Encoder-decoders, sliding windows and states that cannot be taken back; positions whose meaning depends
-            on the longest one; beams; outputs that are not kept.
+        PlanError: Encoder-decoders, sliding windows and states that cannot be taken back; positions whose meaning
+            depends on the longest one; beams; outputs that are not kept.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:

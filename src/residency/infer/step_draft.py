@@ -137,6 +137,7 @@ class Draft(Step):
             raise DataError("there are no rows to learn from", hint="check quarantine.jsonl for the reasons")
         model = bases.load_causal_lm(job.model, job.device, remote_code=job.remote_code).requires_grad_(False)
         check(model)
+        _check_head(model, items[0])
         held = items[HELD_OUT - 1 :: HELD_OUT][: p.measure] or items[-1:]
         names = {item.id for item in held}
         learn = [item for item in items if item.id not in names] or items
@@ -300,6 +301,19 @@ class Draft(Step):
             "figures": [table],
         }
         return stats[chosen], measured
+
+
+def _check_head(model: Any, item: Any) -> None:
+    """Make sure that the model's distribution is its head applied to its last state: that is what a draft learns."""
+    import torch
+
+    from residency.objective import Head
+    from residency.train import check_head
+
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        out = model(torch.tensor([item.prompt], device=head.weight.device), output_hidden_states=True, logits_to_keep=1)
+    check_head(Head(head.weight, getattr(head, "bias", None)), out.hidden_states[-1], out.logits)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
