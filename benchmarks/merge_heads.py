@@ -1,17 +1,20 @@
 """Claim: aligned heads merge better than averaged ones, and least squares better still, before and after training.
 
-SmolLM2-135M-Instruct (9 query heads, 3 key/value heads) on real text, calibrated and evaluated on different documents:
+SmolLM2-135M-Instruct (9 query heads, 3 key/value heads) on real text; calibrated, trained and evaluated on different
+documents:
 
 - 3 → 1 key/value head before any training: the mean (GQA's own conversion), the aligned mean (the paper), that with
   norms restored, the low-rank fit, that with the output projection refitted layer by layer; loss on held-out text;
+- the same after an equal recovery training (KL against the unmerged model): mean, aligned mean, fit, and the aligned
+  mean reached gradually under closing masks (the paper). A seed is the order of the rows;
 - grouping, 9 → 3: the model with its three heads repeated to nine, shuffled and turned at random (the same function).
-  Neighbours averaged, random groups aligned, found groups aligned;
-- after the same short recovery training (KL against the unmerged model): mean, aligned mean, fit;
-- bytes of KV cache per token and time per generated token with a long context in the cache.
+  Neighbours averaged, random groups aligned, found groups aligned; before and after a shorter recovery;
+- bytes of KV cache per token, and time per generated token with a long context in the cache.
 
-    python benchmarks/merge_heads.py [--text FILE] [--quick] [--steps 60]
+    python benchmarks/merge_heads.py [--text FILE] [--quick] [--only before recovery grouping decoding]
 
-FILE is .jsonl(.gz) with `answer`, `output` or `text`, or .txt(.gz) with paragraphs; by default MedQuAD if it is there.
+With --only, the other parts stay in the result as they are. FILE is .jsonl(.gz) with `answer`, `output` or `text`, or
+.txt(.gz) with paragraphs; by default MedQuAD if it is there.
 """
 
 from __future__ import annotations
@@ -27,16 +30,19 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from residency import bases, train
+from residency import bases, store, train
 from residency.compress import headfit, mergeheads
 from residency.compress.distillation import Distillation
 from residency.compress.headgrams import attentions, collect
+from residency.compress.headmasks import GradualMerge
 from residency.compress.kl import KL
+from residency.compress.teacher import CachedTeacher, LiveTeacher, record, with_ids
 from residency.errors import MissingError
 from residency.measure import machine
 from residency.tokens import Encoded
@@ -46,9 +52,17 @@ ROOT = Path(__file__).parent.parent
 TEXTS = [root / "shared/data/medquad.jsonl.gz" for root in (ROOT, ROOT.parent)]
 RESULT = Path(__file__).parent / "results" / "merge_heads.json"
 EXACT, FOLDED = "fit, output refitted", "fit, output refitted, near frequencies folded"
-TRAINED = ("mean", "aligned mean", FOLDED)
-PILOT = {"original": 2.973, "mean": 9.756, "aligned mean": 6.479}
-"""Cross-entropies of a pilot on other text (BoolQ passages), for orientation."""
+GRADUAL = "aligned mean, gradual"
+TRAINED = ("mean", "aligned mean", FOLDED, GRADUAL)
+CORPUS = ("calibrate", "evaluate", "length")
+TRAINING = ("train_length", "steps", "batch", "learning_rate")
+READ: dict[str, tuple[str, ...]] = {
+    "before": (*CORPUS, "long", "long_length"),
+    "recovery": (*CORPUS, *TRAINING, "seeds"),
+    "grouping": (*CORPUS, *TRAINING, "grouping_steps"),
+    "decoding": ("rounds", "contexts"),
+}
+"""Part → the settings it reads."""
 
 
 def documents(file: Path) -> list[str]:
@@ -82,9 +96,10 @@ def batched(rows: list[list[int]], device: str, size: int = 4) -> list[dict[str,
 
 
 class Bench:
-    """The model, the texts, and the table as it grows."""
+    """The model, the texts, and the record as it grows."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, output: Path | None) -> None:
+        self.args, self.output = args, output
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         base = bases.resolve("smollm2-135m-instruct")
         self.tokenizer = bases.load_tokenizer(base.folder)
@@ -92,40 +107,79 @@ class Bench:
         texts = documents(args.text)
         third = len(texts) // 3
         self.calibration = batched(blocks(texts[:third], self.tokenizer, args.calibrate, args.length), self.device)
-        self.evaluation = batched(
-            blocks(texts[third : 2 * third], self.tokenizer, args.evaluate, args.length), self.device
-        )
-        long = blocks(texts[third : 2 * third], self.tokenizer, args.long, args.long_length) if args.long else []
+        held_out = texts[third : 2 * third][::-1]  # the fit's settings were chosen on its other end
+        self.evaluation = batched(blocks(held_out, self.tokenizer, args.evaluate, args.length), self.device)
+        long = blocks(held_out, self.tokenizer, args.long, args.long_length) if args.long else []
         self.long = batched(long, self.device, 1)
-        rows = blocks(texts[2 * third :], self.tokenizer, args.rows, args.train_length)
+        rows = blocks(texts[2 * third :], self.tokenizer, args.steps * args.batch, args.train_length)
         self.items = [Encoded(f"d{i}", tuple(row[:1]), tuple(row[1:])) for i, row in enumerate(rows)]
-        self.args = args
+        self.record: dict[str, Any] = {}
+        if args.only and output and output.exists():
+            self.record = store.read_json(output)
+        self.record |= {
+            "claim": "nats per token on held-out text after merging key/value heads, before and after recovery",
+            "machine": machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
+            "text": args.text.name,
+        }
 
     def loss(self, model: Any) -> float:
         """Cross-entropy of the held-out text, nats per token."""
         return round(mergeheads.text_loss(model, self.evaluation), 4)
 
+    @cached_property
+    def plan(self) -> list[mergeheads.LayerPlan]:
+        """All heads of a layer into one."""
+        return mergeheads.plan_merge(self.model, self.calibration, 1)
+
+    @cached_property
+    def teacher(self) -> CachedTeacher:
+        """What the unmerged model says about the rows to train on."""
+        voice, self._folder = LiveTeacher(self.model), tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name) / "teacher"
+        record(voice, self.items, folder, address="benchmark", pad=self.tokenizer.pad_token_id, device=self.device)
+        return CachedTeacher(folder, voice.head, self.device)
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Those that a part reads."""
+        return {name: getattr(self.args, name) for name in READ[part]}
+
+    def begun(self, part: str, key: str) -> dict[str, Any]:
+        """What a part that was cut off, with the same settings, has left in the record to go on from."""
+        found: dict[str, Any] = self.record.get(key, {})
+        unfinished = self.record["measured"].get(part) == {"settings": self.settings(part)}
+        self.record["measured"][part] = {"settings": self.settings(part)}
+        return found if unfinished else {}
+
     def show(self, name: str, value: Any) -> None:
         """One line for the reader."""
-        print(f"{name:58} {value}", flush=True)
+        print(f"{name:72} {value}", flush=True)
+
+    def save(self) -> None:
+        """Write what there is."""
+        if self.output:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.output.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
 
-def before_training(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
-    """3 → 1 by every way of merging; also the models that are to be trained."""
+def ways(bench: Bench) -> dict[str, Any]:
+    """3 → 1 by every way of merging."""
     model, batches = bench.model, bench.calibration
-    plan = mergeheads.plan_merge(model, batches, 1)
-    ways: dict[str, Any] = {
+    fit = headfit.FitSettings
+    return {
         "original": lambda: model,
         "mean": lambda: mergeheads.merge_heads(model, mergeheads.neighbours(model, 1)),
-        "aligned mean": lambda: mergeheads.merge_heads(model, plan),
-        "aligned mean, norms restored": lambda: mergeheads.merge_heads(model, plan, "both"),
-        "low-rank fit": lambda: headfit.fit_heads(model, plan, batches, headfit.FitSettings(refit=False, slack=0.0)),
-        EXACT: lambda: headfit.fit_heads(model, plan, batches, headfit.FitSettings(slack=0.0)),
-        FOLDED: lambda: headfit.fit_heads(model, plan, batches, headfit.FitSettings(slack=0.5)),
+        "aligned mean": lambda: mergeheads.merge_heads(model, bench.plan),
+        "aligned mean, norms restored": lambda: mergeheads.merge_heads(model, bench.plan, "both"),
+        "low-rank fit": lambda: headfit.fit_heads(model, bench.plan, batches, fit(refit=False, slack=0.0)),
+        EXACT: lambda: headfit.fit_heads(model, bench.plan, batches, fit(slack=0.0)),
+        FOLDED: lambda: headfit.fit_heads(model, bench.plan, batches, fit(slack=0.5)),
     }
+
+
+def before_training(bench: Bench) -> None:
+    """Every way, untrained."""
     losses: dict[str, Any] = {"short": {}, "long": {}}
-    kept: dict[str, Any] = {}
-    for name, make in ways.items():
+    for name, make in ways(bench).items():
         start, made = time.perf_counter(), make()
         seconds = time.perf_counter() - start
         losses["short"][name] = bench.loss(made)
@@ -134,9 +188,7 @@ def before_training(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
             losses["long"][name] = round(mergeheads.text_loss(made, bench.long), 4)
             said += f", long documents {losses['long'][name]:.3f}"
         bench.show(f"3 → 1, {name}", f"{said}   ({seconds:.0f} s)")
-        if name in TRAINED:
-            kept[name] = made
-    return losses, kept
+    bench.record["before_training"] = losses
 
 
 @torch.no_grad()
@@ -169,8 +221,8 @@ def repeated(model: Any, seed: int = 0) -> Any:
     return wide
 
 
-def grouping(bench: Bench) -> dict[str, float]:
-    """9 → 3 of the repeated model."""
+def grouping(bench: Bench) -> None:
+    """9 → 3 of the repeated model, untrained and after a short recovery."""
     wide = repeated(bench.model)
     grams = collect(wide, bench.calibration)
     rng = random.Random(0)
@@ -179,108 +231,145 @@ def grouping(bench: Bench) -> dict[str, float]:
         order = rng.sample(range(9), 9)
         return tuple(tuple(sorted(order[i : i + 3])) for i in (0, 3, 6))
 
-    ways = {
-        "original, nine heads": lambda: wide,
-        "mean of neighbours": lambda: mergeheads.merge_heads(wide, mergeheads.neighbours(wide, 3)),
-        "aligned mean of random groups": lambda: mergeheads.merge_heads(
-            wide, [mergeheads.plan_layer(g, 3, groups=random_groups()) for g in grams]
-        ),
-        "aligned mean of neighbours": lambda: mergeheads.merge_heads(
-            wide, [mergeheads.plan_layer(g, 3, "none") for g in grams]
-        ),
-        "aligned mean of the groups found": lambda: mergeheads.merge_heads(
-            wide, [mergeheads.plan_layer(g, 3) for g in grams]
-        ),
+    def aligned(plan: Any) -> Any:
+        return mergeheads.merge_heads(wide, [plan(g) for g in grams])
+
+    made = {
+        "original, nine heads": wide,
+        "mean of neighbours": mergeheads.merge_heads(wide, mergeheads.neighbours(wide, 3)),
+        "aligned mean of random groups": aligned(lambda g: mergeheads.plan_layer(g, 3, groups=random_groups())),
+        "aligned mean of neighbours": aligned(lambda g: mergeheads.plan_layer(g, 3, "none")),
+        "aligned mean of the groups found": aligned(lambda g: mergeheads.plan_layer(g, 3)),
     }
-    losses = {}
-    for name, make in ways.items():
-        losses[name] = bench.loss(make())
+    losses = bench.record["grouping_9_to_3"] = {}
+    for name, model in made.items():
+        losses[name] = bench.loss(model)
         bench.show(f"9 → 3, {name}", f"{losses[name]:.3f} nats")
-    return losses
+    trained = [name for name in made if name not in ("original, nine heads", "aligned mean of neighbours")]
+    if steps := bench.args.grouping_steps:
+        runs = bench.record["grouping_after_training"] = {"steps": steps}
+        for name in trained:
+            runs[name] = recover(bench, made.pop(name), 0, steps)
+            bench.show(f"9 → 3, {name}, after {steps} steps", f"{runs[name]['nats_per_token']:.3f} nats")
+            bench.save()
 
 
-def recovery(bench: Bench, kept: dict[str, Any]) -> dict[str, Any]:
-    """The same short training for each."""
-    args, found = bench.args, {}
-    for name, model in kept.items():
-        model.requires_grad_(True)
-        params = TrainParams(
-            max_steps=args.steps, batch=args.batch, learning_rate=args.learning_rate, max_tokens=args.train_length
+def recover(bench: Bench, model: Any, seed: int, steps: int, gradual: bool = False) -> dict[str, Any]:
+    """One recovery training; the model given is trained, or if it is to be merged gradually the aligned one."""
+    args, start = bench.args, time.perf_counter()
+    objective: Any = Distillation(KL(), bench.teacher)
+    model.requires_grad_(True)
+    rates: dict[str, float] = {}
+    if gradual:
+        mergeheads.apply_alignment(model, bench.plan)
+        objective = GradualMerge(model, 1, objective, seed=seed)
+        rates = objective.learning_rates(steps, args.learning_rate)
+    pad = bench.tokenizer.pad_token_id
+    with tempfile.TemporaryDirectory() as scratch:
+        log = train.fit(
+            model,
+            objective,
+            bench.items,
+            TrainParams(max_steps=steps, batch=args.batch, learning_rate=args.learning_rate, checkpoint_seconds=1e6),
+            pad=pad,
+            scratch=Path(scratch),
+            seed=seed,
+            device=bench.device,
+            collator=lambda items: with_ids(items, pad),
+            learning_rates=rates,
         )
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            log = train.fit(
-                model,
-                Distillation(KL(), bench.model),
-                bench.items,
-                params,
-                pad=bench.tokenizer.pad_token_id,
-                scratch=Path(scratch),
-                device=bench.device,
-            )
-        loss = bench.loss(model.eval())
-        found[name] = {
-            "nats_per_token": loss,
-            "kl_first": round(log.loss[0], 4),
-            "kl_last": round(statistics.mean(log.loss[-3:]), 4),
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        bench.show(f"3 → 1, {name}, after {args.steps} steps", f"{loss:.3f} nats")
-    return found
+    if gradual:
+        objective.finish()
+    return {
+        "nats_per_token": bench.loss(model.eval()),
+        "kl_first": round(log.loss[0], 4),
+        "kl_last": round(statistics.mean(log.loss[-3:]), 4),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def recovery(bench: Bench) -> None:
+    """3 → 1: the same training for each, several orders of the rows."""
+    starts: dict[str, Any] = {name: ways(bench)[name]() for name in TRAINED if name != GRADUAL}
+    starts[GRADUAL] = bench.model
+    before: dict[str, Any] = bench.begun("recovery", "after_training")
+    runs: dict[str, list[dict[str, Any]]] = {name: before.get(name, {}).get("runs", []) for name in TRAINED}
+    for seed in range(bench.args.seeds):
+        for name, model in starts.items():
+            if len(runs[name]) > seed:
+                continue
+            runs[name].append(recover(bench, copy.deepcopy(model), seed, bench.args.steps, name == GRADUAL))
+            bench.show(f"3 → 1, {name}, seed {seed}, after {bench.args.steps} steps", runs[name][-1])
+            bench.record["after_training"] = {
+                name: summary(found, runs["aligned mean"]) for name, found in runs.items()
+            }
+            bench.save()
+
+
+def summary(runs: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss over seeds, also minus that of the aligned mean at the same seed, and the runs."""
+    values = [run["nats_per_token"] for run in runs]
+    differences = [v - run["nats_per_token"] for v, run in zip(values, against, strict=False)]
+    found: dict[str, Any] = {}
+    for name, some in (("nats_per_token", values), ("minus_aligned_mean", differences)):
+        if some:
+            found[name] = {"mean": round(statistics.mean(some), 4)}
+            found[name] |= {"sd": round(statistics.stdev(some), 4)} if len(some) > 1 else {}
+    return found | {"runs": runs}
 
 
 @torch.no_grad()
-def decoding(bench: Bench, small: Any, contexts: list[int]) -> list[dict[str, Any]]:
-    """KV bytes per token, and time per token behind a cache of random keys and values."""
+def decoding(bench: Bench) -> None:
+    """KV bytes per token, and time per token behind a cache of random keys and values; the two take turns."""
     from transformers import DynamicCache
 
-    rows = []
-    for context in contexts:
-        seconds: dict[str, list[float]] = {"3": [], "1": []}
+    small = mergeheads.merge_heads(bench.model, mergeheads.neighbours(bench.model, 1))
+    models = {"3": bench.model, "1": small}
+    rows = bench.record["decoding"] = []
+    for context in bench.args.contexts:
+        seconds: dict[str, list[tuple[float, float]]] = {"3": [], "1": []}
         caches = {}
-        for name, model in (("3", bench.model), ("1", small)):
-            a = attentions(model)
-            cache = DynamicCache(config=model.config)
-            for layer, attention in enumerate(a):
-                shape = (1, attention.kv_heads, context, attention.head_dim)
-                cache.update(torch.randn(shape, device=bench.device), torch.randn(shape, device=bench.device), layer)
-            caches[name] = cache
+        for name, model in models.items():
+            caches[name] = DynamicCache(config=model.config)
+            for layer, a in enumerate(attentions(model)):
+                shape = (1, a.kv_heads, context, a.head_dim)
+                keys, values = (torch.randn(shape, device=bench.device) for _ in range(2))
+                caches[name].update(keys, values, layer)
         token = torch.tensor([[100]], device=bench.device)
         for round_ in range(bench.args.rounds + 1):  # the first warms up
-            for name, model in (("3", bench.model), ("1", small)):
-                start = time.perf_counter()
+            for name, model in models.items():
+                wall, own = time.perf_counter(), time.process_time()
                 model(token, past_key_values=caches[name], use_cache=True)
                 if bench.device == "cuda":
                     torch.cuda.synchronize()
                 if round_:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - wall, time.process_time() - own))
         for name, cache in caches.items():
             held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            per_token = held // cache.get_seq_length()
-            row = {"kv_heads": int(name), "context": context, "kv_bytes_per_token": per_token}
-            row["ms_per_token"] = round(1e3 * statistics.median(seconds[name]), 2)
-            rows.append(row)
-            bench.show(f"{name} key/value heads, {context} tokens in the cache", f"{row['ms_per_token']} ms per token")
-    return rows
+            wall, own = (round(1e3 * statistics.median(some), 2) for some in zip(*seconds[name], strict=True))
+            row = {"kv_heads": int(name), "context": context, "kv_bytes_per_token": held // cache.get_seq_length()}
+            rows.append(row | {"ms_per_token": wall, "process_ms_per_token": own})
+            bench.show(f"{name} key/value heads, {context} tokens in the cache", f"{wall} ms, process {own} ms")
 
 
 def main() -> None:
     """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, default=next((t for t in TEXTS if t.exists()), None))
-    parser.add_argument("--calibrate", type=int, default=32, help="documents")
-    parser.add_argument("--evaluate", type=int, default=12, help="documents")
+    parser.add_argument("--only", nargs="+", choices=READ, help="measure these anew, keep the others")
+    parser.add_argument("--calibrate", type=int, default=16, help="documents")
+    parser.add_argument("--evaluate", type=int, default=16, help="documents")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--long", type=int, default=4, help="longer documents to evaluate on too")
+    parser.add_argument("--long", type=int, default=2, help="longer documents to evaluate on too")
     parser.add_argument("--long-length", type=int, default=1024, help="tokens of each")
-    parser.add_argument("--rows", type=int, default=240, help="documents to train on")
-    parser.add_argument("--train-length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--train-length", type=int, default=128, help="tokens of each document trained on, once")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seeds", type=int, default=3, help="orders of the rows")
+    parser.add_argument("--grouping-steps", type=int, default=20, help="of the recovery after 9 → 3; 0 for none")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8192])
-    parser.add_argument("--skip-grouping", action="store_true")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--quick", action="store_true", help="minutes; writes nothing")
     parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULT.name}")
     args = parser.parse_args()
@@ -289,34 +378,28 @@ def main() -> None:
         return
     if args.quick:
         args.calibrate, args.evaluate, args.length, args.steps, args.contexts = 8, 4, 128, 3, [512]
-        args.rows, args.train_length, args.rounds, args.long = 12, 64, 3, 0
+        args.train_length, args.rounds, args.long, args.seeds, args.grouping_steps = 64, 3, 0, 1, 2
+    output = args.out or (None if args.quick else RESULT)
     try:
-        bench = Bench(args)
+        bench = Bench(args, output)
     except MissingError as error:
         print(f"skipped: {error}")
         return
-    start, load = time.perf_counter(), os.getloadavg()[0]
-    losses, kept = before_training(bench)
-    record: dict[str, Any] = {
-        "claim": "nats per token on held-out text after merging 3 key/value heads into 1",
-        "machine": machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
-        "date": date.today().isoformat(),
-        "text": args.text.name,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("text", "out", "quick")},
-        "pilot_on_other_text": PILOT,
-        "before_training": losses,
-    }
-    if not args.skip_grouping:
-        record["grouping_9_to_3"] = grouping(bench)
-    record["decoding"] = decoding(bench, kept["aligned mean"], args.contexts)
-    if args.steps:
-        record["after_training"] = recovery(bench, kept)
-    record["seconds"] = round(time.perf_counter() - start)
-    record["load_average"] = {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)}
-    output = args.out or (None if args.quick else RESULT)
+    does = {"before": before_training, "recovery": recovery, "grouping": grouping, "decoding": decoding}
+    measured = bench.record.setdefault("measured", {})
+    for part in args.only or READ:
+        wall, own, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
+        does[part](bench)
+        measured[part] = {
+            "date": date.today().isoformat(),
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - wall),
+            "process_seconds": round(time.process_time() - own),
+            "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
+            "settings": bench.settings(part),
+        }
+        bench.save()
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"written to {output}")
 
 

@@ -10,7 +10,8 @@ SmolLM2-135M-Instruct on real text (answers of MedQuAD, packed), every arm with 
 Recorded per arm: loss and sparsity along the training, on text not seen before; then on held-out text, the loss and
 sparsity without a threshold and with a global FATReLU threshold at several shares of silent gates, from which the loss
 at equal sparsity is interpolated (arms differ in sparsity, so their losses alone say nothing). The paper trains for
-34 billion tokens where this takes some ten thousand: directions can be compared, levels cannot.
+34 billion tokens where this takes some ten thousand: directions can be compared, levels cannot. Every run is added to
+the runs in the result; `summary` is over those that differ in their seed alone, that is in their texts, paired by it.
 
 Then speed, on the last arm's model: decoding with a key/value cache at batch 1, dense and sparse in turn, at the
 sparsity its training reached, and with thresholds that bring it to 80 and 90 % whatever that does to quality. The
@@ -32,6 +33,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +41,7 @@ from typing import Any
 
 import torch
 
-from residency import bases, train
+from residency import bases, store, train
 from residency.compat import pick_device
 from residency.compress import fatrelu, relufy
 from residency.compress.distillation import Distillation
@@ -56,6 +58,8 @@ RESULT = Path(__file__).parent / "results" / "sparsify.json"
 TEXTS = [root / "shared/data/medquad.jsonl.gz" for root in Path(__file__).resolve().parents[1:3]]
 SHARES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 LEVELS = (0.7, 0.75, 0.8, 0.85, 0.9)
+SAME = ("steps", "batch", "width", "held_out", "learning_rate", "peak", "fixed")
+"""Settings that runs share which a summary is taken over."""
 
 
 def text_rows(file: Path, tokenizer: Any, width: int, rows: int, seed: int = 0) -> list[Encoded]:
@@ -124,6 +128,38 @@ def loss_at(points: list[dict[str, float]], sparsity: float) -> float | None:
             share = (sparsity - a["sparsity"]) / (b["sparsity"] - a["sparsity"])
             return round(a["loss"] + share * (b["loss"] - a["loss"]), 4)
     return None
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loss at equal sparsity per arm over seeds, and minus that of other arms at the same seed."""
+    alike: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
+    for run in runs:
+        of = alike.setdefault(tuple(run["settings"][key] for key in SAME), {})
+        for arm, found in run["arms"].items():
+            of.setdefault(arm, {})[run["settings"].get("seed", 0)] = found["loss_at_sparsity"]
+    tables = []
+    for key, arms in alike.items():
+        table: dict[str, Any] = {"settings": dict(zip(SAME, key, strict=True)), "arms": {}}
+        for arm, seeds in arms.items():
+            rows = table["arms"][arm] = {"seeds": sorted(seeds), "loss_at_sparsity": {}}
+            for level in map(str, LEVELS):
+                values = {seed: seeds[seed][level] for seed in sorted(seeds) if seeds[seed][level] is not None}
+                row = rows["loss_at_sparsity"][level] = {"values": list(values.values()), **spread(values.values())}
+                for other in ("relu", "fixed")[: {"relu": 0, "fixed": 1}.get(arm)]:
+                    base = {s: v[level] for s, v in arms.get(other, {}).items() if v[level] is not None}
+                    if both := values.keys() & base.keys():
+                        row[f"minus_{other}"] = spread(values[s] - base[s] for s in sorted(both))
+        tables.append(table)
+    return tables
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Mean, standard deviation where there are several, and their number."""
+    some = list(values)
+    if not some:
+        return {"mean": None, "sd": None, "n": 0}
+    sd = round(statistics.stdev(some), 4) if len(some) > 1 else None
+    return {"mean": round(statistics.mean(some), 4), "sd": sd, "n": len(some)}
 
 
 def decoding(model: Any, calibration: list[Any], prompt: list[int], args: Any) -> list[dict[str, Any]]:
@@ -246,12 +282,15 @@ def main() -> None:
         | {"text": args.data.name},
     }
     output = args.output or (None if args.quick else RESULT)
+    whole = store.read_json(output) if output and output.exists() else {"runs": []}
+    whole["runs"].append(record)
 
     def save() -> None:
         record["load_average"]["after"] = round(os.getloadavg()[0], 1)
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            whole["summary"] = summary(whole["runs"])
+            output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
     compare(args, record, save)
     if output:

@@ -7,9 +7,9 @@ weights reordered in advance ("packed") need 20 and 19 ms. Packing costs a secon
 some tens of milliseconds, once.
 
 `packed(model)` gives every plain `nn.Linear` of a model on a CPU such a copy for the duration of a `with` block, and
-takes it away again; layers of other classes, other devices and training are left as they are, and a weight that is written to
-or converted inside the block falls back to the plain product. A model cannot be copied while it is packed. Results
-agree with the plain ones to rounding (about 1e-6 relative).
+takes it away again. Layers of other classes, other devices and training are left as they are, and a weight that is
+written to or converted inside the block falls back to the plain product. A model cannot be copied while it is packed.
+Results agree with the plain ones to rounding (about 1e-6 relative).
 
 Uses `torch.ops.mkldnn._linear_pointwise`, which torch's own compiler emits; where a build of torch lacks it, the block
 changes nothing.
