@@ -222,8 +222,7 @@ class Step(ABC):
         reads: Ports whose content the result depends on, of "model", "rows", "examples", "test", "guard".
         gives: Ports it replaces, of "model", "rows".
         method: Name of the catalogue row of the method it applies, or None.
-        beside: Whether it leaves the weights alone and puts something beside them, which a step that makes another
-            model would lose; `plan` refuses that order.
+        beside: Whether it puts something beside weights it leaves alone; a step that made another model would lose it.
     """
 
     version: ClassVar[int] = 1
