@@ -8,8 +8,8 @@ The target's logits at every node of a tree are known after one forward pass. Fr
   not drawn (a drafter's most probable tokens) no other rule accepts more often: a child c is reached with p(c);
 - rejection: candidates are drawn from the drafter's q, without replacement, and tried in the order they were drawn:
   c is accepted with probability min(1, p(c) / q(c)); otherwise p ← norm(max(p − q, 0)) and q ← norm(q without c);
-  when no child is left, the token is drawn from the p that remains. Emits exactly p as well (Leviathan et al., algorithm 1, for
-  one candidate; the recursion over siblings is SpecInfer's and EAGLE's).
+  when no child is left, the token is drawn from the p that remains. Emits exactly p as well (Leviathan et al.,
+  algorithm 1, for one candidate; the recursion over siblings is SpecInfer's and EAGLE's).
 
 The official Clover-2 code (EAGLE-1's) draws the token after a fully accepted path from the raw logits and so changes
 the distribution whenever the temperature is not 1; here every token goes through the processors, each with its own
