@@ -120,16 +120,15 @@ class Bench:
         if not file.exists():
             written = []
             began = time.perf_counter()
-            for i, said in answers(
+            for batch in answers(
                 self.model,
                 [item.prompt for item in self.learning],
                 new_tokens=self.args.new_tokens,
                 pad=self.pad,
                 ends=self.ends,
             ):
-                written.append([i, said])
-                if len(written) % 64 == 0:
-                    print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
+                written += batch
+                print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
             store.write_json(file, written)
         return [
             tokens.Encoded(str(i), self.learning[i].prompt, tuple(said))

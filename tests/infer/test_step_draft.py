@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 
 import pytest
 import torch
@@ -106,8 +108,12 @@ def test_texts_survive_a_kill_and_seeds_count(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         step(**QUICK).run(killed)
     monkeypatch.undo()
-    monkeypatch.setattr("residency.infer.selftext.answers", lambda *a, **k: pytest.fail("written anew"))
+    from residency.infer import selftext
+
+    original, skipped = selftext.answers, []
+    monkeypatch.setattr(selftext, "answers", lambda *a, **k: skipped.append(k["skip"]) or original(*a, **k))
     step(**QUICK).run(killed)
+    assert skipped == [1]  # the one batch there is was not written anew
     weights = [bases_of(j) for j in (first, killed)]
     assert weights[0] == weights[1]
     monkeypatch.undo()
@@ -122,7 +128,7 @@ def bases_of(job):
 
 def test_no_rows_and_silent_models_are_said(tmp_path, monkeypatch):
     given = job(tmp_path)
-    monkeypatch.setattr("residency.infer.selftext.answers", lambda *a, **k: iter([(i, []) for i in range(8)]))
+    monkeypatch.setattr("residency.infer.selftext.answers", lambda *a, **k: iter([[(i, []) for i in range(8)]]))
     with pytest.raises(DataError, match="too short to learn from"):
         step(**QUICK).run(given)
     (tmp_path / "rows.jsonl").write_text("")
@@ -167,10 +173,16 @@ def test_answers_end_where_the_model_ends(tmp_path):
     prompts = [[5, 6, 7], [8], [9, 10]]
     settings = {"new_tokens": 10, "pad": tokenizer.pad_token_id, "ends": []}
     state = torch.random.get_rng_state()
-    found = dict(answers(model, prompts, batch=2, **settings))
+    batches = list(answers(model, prompts, batch=2, samples=2, **settings))
+    assert [len(batch) for batch in batches] == [2, 1, 2, 1]
+    for n in range(4):  # writing can go on after any batch
+        assert list(answers(model, prompts, batch=2, samples=2, skip=n, **settings)) == batches[n:]
+    found = dict(batches[0] + batches[1])
     assert torch.equal(torch.random.get_rng_state(), state)
     for i, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
         assert found[i] == alone[0, len(prompt) :].tolist()
-    ended = dict(answers(model, prompts, batch=2, **settings | {"ends": [found[0][3]]}))
+    ended = dict(
+        functools.reduce(operator.iadd, answers(model, prompts, batch=2, **settings | {"ends": [found[0][3]]}), [])
+    )
     assert ended[0] == found[0][: found[0].index(found[0][3]) + 1]

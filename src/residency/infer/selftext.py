@@ -2,7 +2,7 @@
 
 Answers are written greedily, `samples` − 1 more are drawn at a temperature for variety. Prompts of similar length go
 into one batch, padded on the left. Every batch is drawn from its own seed, so the texts do not depend on what ran
-before.
+before, and writing can go on after any batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def answers(
     temperature: float = 0.8,
     batch: int = 32,
     seed: int = 0,
-) -> Iterator[tuple[int, list[int]]]:
+    skip: int = 0,
+) -> Iterator[list[tuple[int, list[int]]]]:
     """Write answers.
 
     Args:
@@ -39,9 +40,10 @@ def answers(
         temperature: Of the others.
         batch: Prompts per pass.
         seed: Of the draws; the global random state is left as it was.
+        skip: Batches that were written before.
 
     Yields:
-        (index of the prompt, answer ids), batch by batch.
+        (index of the prompt, answer ids) of a batch.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     device = next(model.parameters()).device
@@ -50,6 +52,9 @@ def answers(
         for sample in range(samples):
             how = {"do_sample": True, "temperature": temperature, "top_k": 0} if sample else {"do_sample": False}
             for start in range(0, len(order), batch):
+                if skip:
+                    skip -= 1
+                    continue
                 part = order[start : start + batch]
                 width = max(len(prompts[i]) for i in part)
                 ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part], device=device)
@@ -57,6 +62,5 @@ def answers(
                 torch.manual_seed((seed << 32) + (sample << 24) + start)
                 with torch.inference_mode():
                     said = model.generate(ids, attention_mask=mask.to(device), **settings, **how)[:, width:].tolist()
-                for i, row in zip(part, said, strict=True):
-                    stop = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))
-                    yield i, row[:stop]
+                stops = [next((k + 1 for k, token in enumerate(row) if token in ends), len(row)) for row in said]
+                yield [(i, row[:stop]) for i, row, stop in zip(part, said, stops, strict=True)]

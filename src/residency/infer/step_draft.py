@@ -202,33 +202,34 @@ class Draft(Step):
         )
 
     def _texts(self, model: Any, tokenizer: Any, items: list[Any], job: Job) -> list[Any]:
-        """What is trained on; once written, the model's texts stay in `scratch` and survive a kill."""
+        """What is trained on; the texts the model has written survive a kill in `scratch`."""
         from residency import store, tokens
 
         p = self.params
         if p.text == "rows":
             return items
-        file: Path = job.scratch / "texts.json"
-        if not file.exists():
-            from residency.infer.selftext import answers
+        from residency.infer.selftext import answers
 
-            written = []
-            with job.progress.task("writing texts to learn from", len(items) * p.samples) as advance:
-                for i, said in answers(
-                    model,
-                    [item.prompt for item in items],
-                    new_tokens=p.new_tokens,
-                    pad=tokenizer.pad_token_id,
-                    ends=_ends(model, tokenizer),
-                    samples=p.samples,
-                    seed=job.seed,
-                ):
-                    written.append([i, said])
-                    advance(1)
-            store.write_json(file, written)
+        file: Path = job.scratch / "texts.json"  # batches as they are written: a killed step goes on with the next one
+        batches = store.read_json(file) if file.exists() else []
+        with job.progress.task("writing texts to learn from", len(items) * p.samples) as advance:
+            advance(sum(map(len, batches)))
+            for batch in answers(
+                model,
+                [item.prompt for item in items],
+                new_tokens=p.new_tokens,
+                pad=tokenizer.pad_token_id,
+                ends=_ends(model, tokenizer),
+                samples=p.samples,
+                seed=job.seed,
+                skip=len(batches),
+            ):
+                batches.append(batch)
+                store.write_json(file, batches)
+                advance(len(batch))
         return [
             tokens.Encoded(f"{items[i].id}/{n}", items[i].prompt, tuple(said))
-            for n, (i, said) in enumerate(store.read_json(file))
+            for n, (i, said) in enumerate(pair for batch in batches for pair in batch)
         ]
 
     def _measure(
