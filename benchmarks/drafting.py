@@ -120,15 +120,16 @@ class Bench:
         if not file.exists():
             written = []
             began = time.perf_counter()
-            for batch in answers(
-                self.model,
-                [item.prompt for item in self.learning],
-                new_tokens=self.args.new_tokens,
-                pad=self.pad,
-                ends=self.ends,
-            ):
-                written += batch
-                print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
+            with packed(self.model):
+                for batch in answers(
+                    self.model,
+                    [item.prompt for item in self.learning],
+                    new_tokens=self.args.new_tokens,
+                    pad=self.pad,
+                    ends=self.ends,
+                ):
+                    written += batch
+                    print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
             store.write_json(file, written)
         return [
             tokens.Encoded(str(i), self.learning[i].prompt, tuple(said))

@@ -10,6 +10,7 @@ K shots or top-k, C classes, N rows or selected tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,24 +43,50 @@ class Outputs:
     """What a forward pass hands to an objective.
 
     Either `logits` [B, T, V] (or [B, C] for a classifier), or `hidden` [B, T, D] with the `head` that would turn it
-    into logits: the second form lets a loss apply the head chunk by chunk and never hold [B, T, V].
+    into logits: the second form lets a loss apply the head chunk by chunk and never hold [B, T, V]. Encoders give
+    `features` [B, D], one vector per row.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
+    features: Tensor | None = None
+
+
+Look = Callable[[], Iterator[tuple[Outputs, dict[str, Any]]]]
+"""Outputs and batches over all rows in their order: the model in eval mode, without gradients."""
 
 
 class Objective(nn.Module):
     """A loss that returns (sum, count).
 
-    `wants` tells the training loop which form of `Outputs` to produce: "logits", "hidden", or "nothing" where the batch
-    holds all that is needed and the objective calls what is trained itself. Parameters of the
-    objective itself (a projection, masks) are trained along with the model, and its whole `state_dict` is part of
+    `wants` tells the training loop which form of `Outputs` to produce: "logits", "hidden", "features" of an encoder, or
+    "nothing" where the batch holds all that is needed and the objective calls what is trained itself. Parameters of
+    the objective itself (a projection, masks) are trained along with the model, and its whole `state_dict` is part of
     every checkpoint, so that a resumed training finds queues and prototypes as they were.
     """
 
-    wants: ClassVar[Literal["logits", "hidden", "nothing"]] = "logits"
+    wants: ClassVar[Literal["logits", "hidden", "features", "nothing"]] = "logits"
+
+    def rows_per_epoch(self, rows: int) -> int:
+        """How many of so many rows an epoch trains on; less than all only where `begin_epoch` chooses."""
+        return rows
+
+    def begin_epoch(self, epoch: int, epochs: int, look: Look) -> Sequence[int] | None:
+        """Prepare epoch `epoch`, counted from 0, of `epochs`: phases, prototypes, curricula.
+
+        Called once per epoch, with random numbers of its own; a training resumed within an epoch does not call it
+        again, so what it computes belongs in buffers (its answer is kept by the loop).
+
+        Args:
+            epoch: Counted from 0.
+            epochs: Of the whole training, the last one perhaps unfinished.
+            look: Shows all rows as the model sees them now; costs a forward pass over them.
+
+        Returns:
+            Indices of the rows to train on, `rows_per_epoch` many; None for all.
+        """
+        return None
 
     def begin_step(self, step: int, steps: int) -> None:
         """Prepare optimiser step `step`, counted from 0, of `steps`; schedules live here."""

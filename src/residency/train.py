@@ -30,13 +30,16 @@ from residency.compat import fast_bf16, quiet_transformers
 from residency.errors import DataError, ResidencyError
 from residency.objective import Head, Objective, Outputs
 from residency.progress import Progress
+from residency.sampler import LengthGrouped
 from residency.tokens import collate
 from residency.trainparams import TrainParams
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "features")
 """Entries of a batch that are the model's; the others are the objective's."""
 OBJECTIVE_FILE = "objective.safetensors"
-"""What a checkpoint holds beside the model: the objective's parameters and buffers."""
+"""What a checkpoint holds beside the model: the objective's parameters and buffers, and the rows of its epoch."""
+EPOCH, ROWS = "the epoch begun", "the rows of that epoch"
+"""Keys in that file; no parameter's name has spaces."""
 
 
 @dataclass
@@ -149,7 +152,7 @@ def fit(
         trainer.remove_callback(
             next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)
         )
-        watcher = _Watcher(objective, progress, label, params.checkpoint_seconds, log.resumed_from or 0)
+        watcher = _Watcher(trainer, progress, label, params.checkpoint_seconds, log.resumed_from or 0)
         trainer.add_callback(watcher)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -176,39 +179,6 @@ def loss_figure(log: TrainLog, ylabel: str) -> dict[str, Any]:
     }
 
 
-class LengthGrouped(torch.utils.data.Sampler[int]):
-    """Random order in which the rows of one optimiser step have similar lengths, so that little is padded.
-
-    The order is a function of seed and epoch alone. (transformers' own length-grouped sampler draws from the global
-    random state, and a training resumed in a later epoch gets another order; measured with 5.23.)
-
-    Args:
-        lengths: Of every row.
-        step: Rows per optimiser step.
-        seed: Of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
-        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pools = [order[i : i + 50 * self.step] for i in range(0, len(order), 50 * self.step)]
-        ranked = [i for pool in pools for i in sorted(pool, key=lambda i: -self.lengths[i])]
-        steps = [ranked[i : i + self.step] for i in range(0, len(ranked), self.step)]
-        full = len(self.lengths) // self.step  # a short last step stays last, or it would shift all that follow
-        for at in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(steps))]:
-            yield from steps[at]
-
-
 class _ObjectiveTrainer(Trainer):
     """The Trainer with our loss contract; nothing else of it is changed."""
 
@@ -220,6 +190,10 @@ class _ObjectiveTrainer(Trainer):
         self.objective = objective.to(self.args.device)
         self.learning_rates = learning_rates
         self._head_checked = False
+        self.begun = -1
+        """The epoch for which the objective has been prepared, and the rows it chose."""
+        self.chosen: list[int] | None = None
+        self.sampler: LengthGrouped | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the parameters of model and objective, in groups of one weight decay and one learning rate."""
@@ -249,20 +223,58 @@ class _ObjectiveTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.objective.state_dict().items()}
-        if state:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_file(state, folder / OBJECTIVE_FILE)
+        state[EPOCH] = torch.tensor(self.begun)
+        if self.chosen is not None:
+            state[ROWS] = torch.tensor(self.chosen)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        save_file(state, folder / OBJECTIVE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / OBJECTIVE_FILE
-        if file.exists():
-            self.objective.load_state_dict(load_file(file, device=str(self.args.device)))
+        state = load_file(Path(resume_from_checkpoint) / OBJECTIVE_FILE, device=str(self.args.device))
+        self.begun = int(state.pop(EPOCH))
+        self.chosen = state.pop(ROWS).tolist() if ROWS in state else None
+        self.objective.load_state_dict(state)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped([len(row) for row in rows], step, self.args.seed)
+        count = self.objective.rows_per_epoch(len(rows))
+        self.sampler = LengthGrouped([len(row) for row in rows], step, self.args.seed, count)
+        self.sampler.chosen = self.chosen
+        return self.sampler
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Let the objective prepare an epoch, once: what a resumed training finds prepared stays."""
+        if epoch == self.begun:
+            return
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(((self.args.seed + 1) << 20) + epoch)
+            found = self.objective.begin_epoch(epoch, epochs, self.look)
+        assert self.sampler is not None
+        if found is not None and len(found) != len(self.sampler):
+            raise ResidencyError(
+                f"{type(self.objective).__name__} chose {len(found)} rows but announced {len(self.sampler)}"
+            )
+        self.begun, self.chosen = epoch, None if found is None else [int(i) for i in found]
+        self.sampler.chosen = self.chosen
+
+    def look(self) -> Iterator[tuple[Outputs, dict[str, Any]]]:
+        """All rows in their order, as the model sees them now."""
+        model, size = self.model_wrapped, max(32, self.args.train_batch_size)
+        rows: Any = self.train_dataset
+        assert isinstance(model, nn.Module)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for start in range(0, len(rows), size):
+                    part = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                    batch = dict(self._prepare_inputs(self.data_collator(part)))
+                    yield self._forward(model, batch), batch
+        finally:
+            model.train(training)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -293,6 +305,8 @@ class _ObjectiveTrainer(Trainer):
         given = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         if self.objective.wants == "nothing":
             return Outputs()
+        if self.objective.wants == "features":
+            return Outputs(features=model(**given).features)
         if self.objective.wants == "logits":
             if self.accelerator.unwrap_model(model).get_output_embeddings() is not None:
                 given["use_cache"] = False
@@ -332,8 +346,8 @@ def check_head(head: Head, hidden: Tensor, logits: Tensor) -> None:
 class _Watcher(TrainerCallback):
     """Progress, checkpoints by time, and their seals."""
 
-    def __init__(self, objective: Objective, progress: Progress, label: str, every: float, start: int) -> None:
-        self.objective = objective
+    def __init__(self, trainer: _ObjectiveTrainer, progress: Progress, label: str, every: float, start: int) -> None:
+        self.trainer, self.objective = trainer, trainer.objective
         self.progress, self.label, self.every, self.start = progress, label, every, start
         self.last_save = time.monotonic()
         self.context: Any = None
@@ -346,6 +360,10 @@ class _Watcher(TrainerCallback):
         if self.start:
             self.progress.say(f"  {self.label}: going on from step {self.start} of {state.max_steps}")
             self.advance(self.start)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        steps = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        self.trainer.begin_epoch(state.global_step // steps, -(-state.max_steps // steps))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.objective.zero_grad()  # the Trainer clears the model's gradients, and no others
