@@ -123,7 +123,7 @@ def facts(folder: Path, license: str | None = None) -> ModelFacts:
     headers = [header for _, header in named]
     parameters = sum(math.prod(h["shape"]) for h in headers)
     within = sum(math.prod(h["shape"]) for name, h in named if _IN_LAYER.search(name))
-    hidden = int(text.get("hidden_size") or config.get("features") or 0)
+    hidden = int(text.get("hidden_size") or config.get("features") or config.get("num_features") or 0)
     heads = int(text.get("num_attention_heads") or 0)
     layers = int(text.get("num_hidden_layers") or 0)
     head_dim = int(text.get("head_dim") or (hidden // heads if heads else 0))
@@ -161,7 +161,9 @@ def _kind(config: dict[str, Any], architecture: str) -> Kind:
         return "causal-lm"
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
-    return "text-encoder"
+    from residency.encoders import is_vision
+
+    return "image-encoder" if is_vision(config) else "text-encoder"
 
 
 def _exportable(config: dict[str, Any]) -> dict[str, str | None]:

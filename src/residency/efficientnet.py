@@ -12,10 +12,17 @@ scikit-image (tests).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
+
+BICUBIC = 3
+"""`PIL.Image.Resampling.BICUBIC`, named here so that Pillow is imported only where an image is opened."""
 
 # repeats, kernel, stride, expansion, channels in, channels out
 STAGES = (
@@ -66,7 +73,28 @@ class Bottleneck(nn.Module):
         return x + y if self.residual else y
 
 
-class EfficientNetLite0(nn.Module):
+class SquareImages(nn.Module):
+    """Base of the embedded networks: images scaled to a square, (pixel − mean) / scale."""
+
+    width: int
+    size: int
+    mean: float
+    scale: float
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Images (see `images.open_image`) → [B, 3, size, size]."""
+        from residency.images import open_image
+
+        side = (self.size, self.size)
+        arrays = [np.asarray(open_image(i).resize(side, BICUBIC), np.float32) for i in images]
+        return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) - self.mean) / self.scale
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features [B, width]."""
+        raise NotImplementedError("abstract: a network has features")
+
+
+class EfficientNetLite0(SquareImages):
     """Images [B, 3, h, w] of (pixel − 127) / 128 → features [B, 1280], or ImageNet logits [B, 1000]."""
 
     width = 1280
@@ -113,7 +141,7 @@ class EfficientNetLite0(nn.Module):
         return self._fc(self.features(x))
 
 
-class TinyImageEncoder(nn.Module):
+class TinyImageEncoder(SquareImages):
     """Two random convolutions, for rehearsals and tests."""
 
     width = 16

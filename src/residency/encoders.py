@@ -8,8 +8,6 @@ Texts are batched by length, so the padding is small; an item's vector does not 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from residency.errors import DataError, MissingError
+from residency.errors import DataError
 from residency.progress import Progress
 from residency.rows import Row
+from residency.trainable import Adapter, Pooling, pool
 
 
 class Encoder(Protocol):
@@ -40,20 +39,32 @@ def load(folder: Path, device: str = "cpu") -> Encoder:
         DataError: When the folder holds no encoder.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "residency_encoder" in config:
-        return ImageEncoder(folder, config["residency_encoder"], device)
-    return TextEncoder(folder, device)
+    found: Encoder = (
+        ImageEncoder(image_network(folder, device), device) if is_vision(config) else TextEncoder(folder, device)
+    )
+    adapter = Adapter.load(folder, config)
+    return found if adapter is None else Adapted(found, adapter)
+
+
+def is_vision(config: dict[str, Any]) -> bool:
+    """Whether a config.json is that of an image encoder: an embedded one, transformers', or timm's."""
+    sees = {"num_channels", "image_size", "pretrained_cfg"} & set(config)
+    return "residency_encoder" in config or bool(sees and not {"vocab_size", "text_config"} & set(config))
 
 
 def item_of(row: Row) -> Any:
-    """What an encoder takes of a row: the image, or the text."""
+    """What an encoder takes of a row: the dialogue, the image, or the text."""
+    if row.dialogue:
+        return row.dialogue
     if row.image is None and row.text is None:
         raise DataError("the row has neither text nor image to classify", where=f"{row.source}:{row.line}")
     return row.image if row.image is not None else row.text
 
 
 class TextEncoder:
-    """Mean of the last hidden states over real tokens, scaled to length 1.
+    """The last hidden states, pooled as the folder says (by default their mean over real tokens), scaled to length 1.
+
+    Texts, or dialogues as tuples of (speaker, text), which are rendered as `dialogues.render` does.
 
     Source: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019, arXiv 1908.10084.
     """
@@ -70,13 +81,27 @@ class TextEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.width = self.model.config.hidden_size
         self.device = device
+        self.pooling: Pooling = getattr(self.model.config, "residency_pooling", "mean")
+        self.max_tokens = getattr(self.model.config, "residency_max_tokens", self.max_tokens)
+
+    def ids(self, item: Any) -> list[int]:
+        """Token ids of a text or a dialogue.
+
+        Raises:
+            DataError: For anything else.
+        """
+        if isinstance(item, tuple):
+            from residency.dialogues import render
+
+            return list(render(item, self.tokenizer, self.max_tokens))
+        if not isinstance(item, str) or item.startswith("data:image/"):
+            raise DataError("a text encoder was given an image", where=str(item)[:40], hint="use an image base")
+        return self.tokenizer(item, truncation=True, max_length=self.max_tokens)["input_ids"] or [0]
 
     @torch.no_grad()
-    def encode(self, items: Sequence[str], batch: int = 64, progress: Progress | None = None) -> np.ndarray:
+    def encode(self, items: Sequence[Any], batch: int = 64, progress: Progress | None = None) -> np.ndarray:
         """See `Encoder.encode`."""
-        if strange := next((t for t in items if not isinstance(t, str) or t.startswith("data:image/")), None):
-            raise DataError("a text encoder was given an image", where=str(strange)[:40], hint="use an image base")
-        ids = [self.tokenizer(t, truncation=True, max_length=self.max_tokens)["input_ids"] or [0] for t in items]
+        ids = [self.ids(item) for item in items]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), self.width), np.float32)
         with (progress or Progress()).task("embedding texts", len(ids)) as advance:
@@ -90,28 +115,23 @@ class TextEncoder:
                     mask[row, : len(ids[i])] = 1
                 tokens, mask = tokens.to(self.device), mask.to(self.device)
                 hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-                weight = mask[..., None].to(hidden.dtype)
-                mean = (hidden * weight).sum(1) / weight.sum(1)
-                out[chosen] = torch.nn.functional.normalize(mean, dim=-1).float().cpu().numpy()
+                vectors = pool(hidden, tokens, mask, self.pooling, self.tokenizer.mask_token_id)
+                out[chosen] = torch.nn.functional.normalize(vectors, dim=-1).float().cpu().numpy()
                 advance(len(chosen))
         return out
 
 
 class ImageEncoder:
-    """Pooled features of an embedded image network; images are paths, data: URIs or [h, w(, 3)] arrays of 0…255."""
+    """Features of an image network; images are paths, data: URIs, PIL images or [h, w(, 3)] arrays of 0…255.
 
-    def __init__(self, folder: Path, name: str, device: str = "cpu") -> None:
-        from safetensors.torch import load_file
+    Args:
+        network: See `images`: a module with `width`, `pixels` and `features`.
+        device: Where it computes.
+    """
 
-        from residency.efficientnet import IMAGE_ENCODERS
-
-        if name not in IMAGE_ENCODERS:
-            raise DataError(f"unknown image encoder `{name}`", where=str(folder / "config.json"))
-        self.model: Any = IMAGE_ENCODERS[name]()
-        self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        self.model.to(device).eval()
-        self.width: int = self.model.width
-        self.size: int = self.model.size
+    def __init__(self, network: Any, device: str = "cpu") -> None:
+        self.model = network.to(device).eval()
+        self.width: int = network.width
         self.device = device
 
     @torch.no_grad()
@@ -120,33 +140,45 @@ class ImageEncoder:
         out = np.zeros((len(items), self.width), np.float32)
         with (progress or Progress()).task("embedding images", len(items)) as advance:
             for start in range(0, len(items), batch):
-                images = np.stack([decode_image(item, self.size) for item in items[start : start + batch]])
-                pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) - self.model.mean) / self.model.scale
+                pixels = self.model.pixels(items[start : start + batch])
                 out[start : start + batch] = self.model.features(pixels.to(self.device)).float().cpu().numpy()
-                advance(len(images))
+                advance(len(pixels))
         return out
 
 
-def decode_image(item: Any, size: int) -> np.ndarray:
-    """An image as [size, size, 3] float32, 0…255.
+class Adapted:
+    """An encoder with a trained adapter behind it.
 
-    Raises:
-        DataError: When it is missing or cannot be decoded.
+    Args:
+        encoder: What it stands on.
+        adapter: Of the same width.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError:
-        raise MissingError("images need `pillow`", hint="pip install 'residency[vision]'") from None
-    try:
-        if isinstance(item, np.ndarray):
-            image = Image.fromarray(item.astype(np.uint8))
-        elif isinstance(item, str) and item.startswith("data:"):
-            image = Image.open(io.BytesIO(base64.b64decode(item.partition(",")[2])))
-        else:
-            image = Image.open(item)
-        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float32)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise DataError(f"the image cannot be read: {error}", where=str(item)[:80]) from None
+
+    def __init__(self, encoder: Encoder, adapter: Adapter) -> None:
+        self.encoder, self.adapter, self.width = encoder, adapter, adapter.width
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[Any], batch: int = 64, progress: Progress | None = None) -> np.ndarray:
+        """See `Encoder.encode`."""
+        frozen = torch.from_numpy(self.encoder.encode(items, batch, progress))
+        return self.adapter(frozen).features.numpy()
+
+
+def image_network(folder: Path, device: str = "cpu") -> Any:
+    """The image network of a folder: an embedded one, or any that transformers loads."""
+    from safetensors.torch import load_file
+
+    from residency.efficientnet import IMAGE_ENCODERS
+    from residency.images import HubVision
+
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("residency_encoder")
+    if name is None:
+        return HubVision(folder, device)
+    if name not in IMAGE_ENCODERS:
+        raise DataError(f"unknown image encoder `{name}`", where=str(folder / "config.json"))
+    network = IMAGE_ENCODERS[name]()
+    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return network.to(device).eval()
 
 
 def principal_plane(points: np.ndarray) -> np.ndarray:

@@ -6,7 +6,12 @@ Recognised fields, first match wins:
     messages                          chat turns, the last one the assistant's answer
     prompt + completion               plain continuation (no chat template)
     instruction [+ input] + output    Alpaca; question + answer likewise
-    text + label · image + label      classification (image: a path beside the file, or a data: URI)
+    dialogue + label                  turns of {speaker, text}; the label is the last turn's
+    image + label(s) [+ text]         classification (image: a path beside the file, or a data: URI; text: its caption)
+    text + label(s)                   `labels` is a list: several may be true, or none
+
+A folder of folders of images is read as image + label, the label being the inner folder's name, and the caption
+`name.txt` beside `name.png` if there is one. `datasets` image columns and class labels are taken as they are.
 
 A row is refused, never repaired: broken JSON, missing field, empty answer, wrong encoding, too long, the same row
 twice. The refusal says file, line and reason, and is written to quarantine.jsonl.
@@ -14,6 +19,7 @@ twice. The refusal says file, line and reason, and is written to quarantine.json
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import json
@@ -39,7 +45,9 @@ class Row:
         id: The row's own id, or `file:line`.
         messages: Chat turns; empty for classification rows. The last is the assistant's answer.
         chat: False for prompt/completion rows, which are rendered without a chat template.
-        text, image, label: Of classification rows.
+        text, image, label: Of classification rows; the text of a row with an image is its caption.
+        labels: Instead of `label`, where several may be true; None where the row has one label.
+        dialogue: (speaker, text) of every turn, where the label is that of the last one.
         choices: Wrong answers to choose among, if the source gives any.
         tag: Free text the source attaches (`category`, `type`), shown in figures.
         source, line: Where it was read.
@@ -51,6 +59,8 @@ class Row:
     text: str | None = None
     image: str | None = None
     label: str | None = None
+    labels: tuple[str, ...] | None = None
+    dialogue: tuple[tuple[str, str], ...] = ()
     choices: tuple[str, ...] = ()
     tag: str | None = None
     source: str = ""
@@ -59,13 +69,17 @@ class Row:
     @property
     def prompt(self) -> str:
         """The question as a reader sees it: the last user turn, or the text to classify."""
+        if self.dialogue:
+            return f"{self.dialogue[-1][0]}: {self.dialogue[-1][1]}"
         if not self.messages:
             return self.text if self.text is not None else "(image)"
         return next((content for role, content in reversed(self.messages[:-1]) if role == "user"), "")
 
     @property
     def answer(self) -> str:
-        """The answer, or the label."""
+        """The answer, or the label; several labels sorted, with " | " between them."""
+        if self.labels is not None:
+            return " | ".join(sorted(self.labels))
         return self.messages[-1][1] if self.messages else (self.label or "")
 
     @property
@@ -75,7 +89,7 @@ class Row:
 
     def key(self) -> bytes:
         """A digest of the content, to find the same row twice."""
-        parts = [self.messages, self.text, self.image, self.label]
+        parts = [self.messages, self.text, self.image, self.label, self.labels, self.dialogue]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +102,10 @@ class Row:
         for name in ("text", "image", "label", "tag"):
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name)
+        if self.labels is not None:
+            out["labels"] = list(self.labels)
+        if self.dialogue:
+            out["dialogue"] = [{"speaker": speaker, "text": text} for speaker, text in self.dialogue]
         if self.choices:
             out["choices"] = list(self.choices)
         return out | {"source": self.source, "line": self.line}
@@ -220,13 +238,14 @@ def write(path: Path, rows: Iterable[Row]) -> int:
 def _records(source: Any, label: str) -> Iterator[tuple[int, Any]]:
     """(line, dict or _BadRowError) for every record of a source."""
     if not isinstance(source, str | Path):
-        yield from enumerate(source, 1)
+        yield from enumerate(_named(source), 1)
         return
     path = Path(source)
     if not path.exists():
         raise DataError("there is no such file", where=str(path), hint="paths in a recipe are relative to the recipe")
     if path.is_dir():
-        yield from _records(_load_from_disk(path), label)
+        pictures = None if (path / "state.json").exists() or (path / "dataset_dict.json").exists() else _pictures(path)
+        yield from _records(_load_from_disk(path), label) if pictures is None else enumerate(pictures, 1)
         return
     readers = {".jsonl": _jsonl, ".json": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
@@ -236,6 +255,34 @@ def _records(source: Any, label: str) -> Iterator[tuple[int, Any]]:
         yield from reader(path)
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of files that count as images in a folder of folders."""
+
+
+def _pictures(path: Path) -> list[dict[str, Any]] | None:
+    """Records of a folder of folders of images; None where it is none."""
+    files = sorted(f for f in path.glob("*/*") if f.suffix.lower() in IMAGES)
+    found = []
+    for file in files:
+        beside = file.with_suffix(".txt")
+        caption = {"text": beside.read_text(encoding="utf-8", errors="replace")} if beside.is_file() else {}
+        where = file.relative_to(path.parent)
+        name = str(file.relative_to(path))
+        found.append({"id": name, "image": str(where), "label": file.parent.name, **caption})
+    return found or None
+
+
+def _named(source: Iterable[Any]) -> Iterator[Any]:
+    """Records of a `datasets.Dataset` with class labels as names; anything else as it is."""
+    features = getattr(source, "features", None) or {}
+    names = {key: f.names for key, f in features.items() if hasattr(f, "names") and hasattr(f, "int2str")}
+    for record in source:
+        if names and isinstance(record, dict):
+            known = {k: names[k][record[k]] for k in names if isinstance(record.get(k), int) and record[k] >= 0}
+            record = {**record, **known}
+        yield record
 
 
 def _load_from_disk(path: Path) -> Any:
@@ -378,16 +425,14 @@ def _row(raw: Any, label: str, line: int, max_chars: int | None, folder: Path | 
     elif raw.get("question") is not None or raw.get("answer") is not None:
         turns = (("user", _text(raw, "question")), ("assistant", _text(raw, "answer")))
         row = Row(messages=turns, choices=_choices(raw), **common)
-    elif raw.get("label") is not None and raw.get("image") is not None:
-        row = Row(image=_image(_text(raw, "image"), folder), label=_label(raw), **common)
-    elif raw.get("label") is not None:
-        row = Row(text=_text(raw, "text"), label=_label(raw), **common)
-    elif raw.get("text") is not None or raw.get("image") is not None:
+    elif raw.get("label") is not None or raw.get("labels") is not None:
+        row = Row(**_content(raw, folder), **_labels(raw), **common)
+    elif any(raw.get(name) is not None for name in ("text", "image", "dialogue")):
         raise _BadRowError("the field `label` is missing")
     else:
         found = ", ".join(f"`{str(k)[:30]}`" for k in list(raw)[:6]) or "nothing"
         raise _BadRowError(f"no question and answer here (fields: {found})")
-    size = sum(len(c) for _, c in row.messages) + len(row.text or "")
+    size = sum(len(c) for _, c in (*row.messages, *row.dialogue)) + len(row.text or "")
     for value in (row.id, row.tag or "", row.source, *row.choices):
         if _printable(value) != value:
             raise _BadRowError("the id, tag or choices have characters that are not Unicode (lone surrogates)")
@@ -421,6 +466,60 @@ def _image(value: str, folder: Path | None) -> str:
     if not path.is_file():
         raise _BadRowError(f"there is no image `{value[:80]}` beside the file")
     return str(path)
+
+
+def _picture(value: Any, folder: Path | None) -> str:
+    """An image as a row keeps it: a path or data: URI; decoded ones (of `datasets` columns) become a data: URI."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return "data:image/*;base64," + base64.b64encode(value["bytes"]).decode()
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        value = value["path"]
+    if hasattr(value, "getpixel"):
+        from residency.images import data_uri
+
+        return data_uri(value)
+    return _image(_text({"image": value}, "image"), folder)
+
+
+def _content(raw: dict, folder: Path | None) -> dict[str, Any]:
+    """What is to be classified: a dialogue, an image perhaps with a caption, or a text."""
+    if raw.get("dialogue") is not None:
+        return {"dialogue": _dialogue(raw["dialogue"])}
+    if raw.get("image") is None:
+        return {"text": _text(raw, "text")}
+    caption = next((raw[name] for name in ("text", "caption") if isinstance(raw.get(name), str)), "")
+    return {
+        "image": _picture(raw["image"], folder),
+        "text": _text({"text": caption}, "text") if caption.strip() else None,
+    }
+
+
+def _dialogue(value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadRowError("the field `dialogue` is not a list of turns")
+    turns = []
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get("speaker"), str):
+            raise _BadRowError(f"turn {i + 1} of `dialogue` has no speaker")
+        turns.append((_text(turn, "speaker"), _text(turn, "text")))
+    return tuple(turns)
+
+
+def _labels(raw: dict) -> dict[str, Any]:
+    value = raw.get("labels")
+    if value is None:
+        return {"label": _label(raw)}
+    if raw.get("label") is not None:
+        raise _BadRowError("the row has both `label` and `labels`")
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise _BadRowError("the field `labels` is not a list of texts")
+    if len(set(value)) < len(value):
+        raise _BadRowError("a label stands twice in `labels`")
+    for label in value:
+        _text({"labels": label}, "labels")
+        if " | " in label:
+            raise _BadRowError("a label holds ` | `, which separates labels")
+    return {"labels": tuple(value)}
 
 
 def _printable(text: str) -> str:
