@@ -108,3 +108,20 @@ def test_datasets_image_columns_and_class_labels(tmp_path):
 def test_json_of_an_image_row_keeps_its_caption():
     row = rows.read([{"image": "data:image/png;base64,AAAA", "label": "x", "text": "a thing"}]).rows[0]
     assert json.loads(json.dumps(row.to_json()))["text"] == "a thing"
+
+
+def test_noisy_digits_are_wrong_in_one_way_and_their_captions_know_better():
+    pytest.importorskip("sklearn")
+    from residency import embedded
+
+    noisy = rows.read(embedded.data("noisy-digits/noisy")).rows
+    clean = rows.read(embedded.data("noisy-digits/examples")).rows
+    test = rows.read(embedded.data("noisy-digits/test")).rows
+    assert len({r.image for r in noisy} | {r.image for r in clean} | {r.image for r in test}) == 1097 + 30 + 500
+    wrong = [r for r in noisy if r.tag != f"shows {r.label}"]
+    assert 0.4 < len(wrong) / len(noisy) < 0.5
+    assert len({(r.tag, r.label) for r in wrong}) == 10
+    word = {str(i): w for i, w in enumerate(embedded.WORDS)}
+    told = [r for r in wrong if word[r.tag[-1]] in r.text]
+    mistold = [r for r in wrong if word[r.label] in r.text]
+    assert len(told) > 1.5 * len(mistold) > 0

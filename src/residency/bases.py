@@ -161,9 +161,13 @@ def _kind(config: dict[str, Any], architecture: str) -> Kind:
         return "causal-lm"
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
-    from residency.encoders import is_vision
-
     return "image-encoder" if is_vision(config) else "text-encoder"
+
+
+def is_vision(config: dict[str, Any]) -> bool:
+    """Whether a config.json is that of an image encoder: an embedded one, transformers', or timm's."""
+    sees = {"num_channels", "image_size", "pretrained_cfg"} & set(config)
+    return "residency_encoder" in config or bool(sees and not {"vocab_size", "text_config"} & set(config))
 
 
 def _exportable(config: dict[str, Any]) -> dict[str, str | None]:

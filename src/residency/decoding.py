@@ -50,8 +50,7 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
         from residency.infer import saveddraft
 
         drafted = saveddraft.load(folder, model)
-        drafter: Any = getattr(drafted.drafter, "drafter", drafted.drafter)  # inside a lookup, if there is one
-        parts += [drafter, drafter.head]
+        parts += drafted.parts()
         options["custom_generate"] = drafted
     if has_budget(folder):
         from residency.infer.citrus import from_json
@@ -124,13 +123,3 @@ def has_budget(folder: Path) -> bool:
 def has_draft(folder: Path) -> bool:
     """Whether a draft stands beside the model."""
     return (folder / DRAFT / "config.json").exists()
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What stands beside a checkpoint, for the record: {"draft": method, "cache": method}."""
-    found = {}
-    if has_draft(folder):
-        found["draft"] = store.read_json(folder / DRAFT / "config.json").get("method")
-    if has_budget(folder):
-        found["cache"] = store.read_json(folder / CACHE).get("method")
-    return found

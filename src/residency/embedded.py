@@ -1,8 +1,9 @@
 """Bases, data and guards that ship inside registry packages, so that the demo and the tests need no hub and no network.
 
     bases   smollm2-135m-instruct · all-minilm-l6-v2 · efficientnet-lite0 · tiny-llama · tiny-text-encoder ·
-    tiny-image-encoder data    embedded:construction-faq/{examples,pool,test} · embedded:general-knowledge ·
-    embedded:digits/{examples,test}
+    tiny-image-encoder
+    data    embedded:construction-faq/{examples,pool,test} · embedded:general-knowledge ·
+    embedded:digits/{examples,test} · embedded:noisy-digits/{examples,noisy,test,texts}
 
 SmolLM2 comes as a GGUF file whose every load costs 15-20 s; it is dequantised once to safetensors in the cache
 folder (`RESIDENCY_CACHE`, by default ~/.cache/residency), and the saved config does not claim a quantisation it no
@@ -272,9 +273,10 @@ def data(name: str) -> Iterator[dict[str, Any]]:
 
 def data_version(name: str) -> str:
     """What the rows of an embedded data set depend on: package versions and the form of the split."""
-    package = {"construction-faq": "zaragoza-construction-faq", "digits": "scikit-learn"}.get(name.split("/")[0])
+    digits = name.split("/")[0] in ("digits", "noisy-digits")
+    package = "scikit-learn" if digits else {"construction-faq": "zaragoza-construction-faq"}.get(name.split("/")[0])
     versions = [version(package)] if package else []
-    if not name.startswith("digits"):
+    if not digits:
         versions.append(version("chatterbot-corpus"))
     return f"{name} form 1, {', '.join(versions)}"
 
@@ -339,12 +341,60 @@ def _digits(split: str) -> Iterator[dict[str, Any]]:
     digits = load_digits()
     order = list(range(len(digits.target)))
     random.Random(0).shuffle(order)
-    chosen = order[:200] if split == "examples" else order[200:700]
+    chosen = {"examples": order[:200], "test": order[200:700], "rest": order[700:]}[split]
     for i in chosen:
         buffer = io.BytesIO()
         Image.fromarray((digits.images[i] * 15.9375).astype("uint8")).save(buffer, format="PNG")
         uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         yield {"id": f"digit-{i}", "image": uri, "label": str(digits.target[i])}
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TAKEN_FOR = {0: 6, 6: 0, 1: 7, 7: 1, 2: 3, 3: 2, 4: 9, 9: 4, 5: 8, 8: 5}
+"""The digit that a search for a digit finds by mistake."""
+CLEAN, WRONG, TOLD, MISTOLD = 3, 0.45, 0.45, 0.2
+"""Of noisy-digits: trusted rows per class; shares of wrong labels, of captions that follow the image, that follow the
+label; the other captions say nothing.
+"""
+
+
+def _noisy_digits(split: str) -> Iterator[dict[str, Any]]:
+    """Digits as a web search would give them: wrong in one consistent way, with captions that may know better.
+
+    The images are real; labels and captions of the noisy rows are generated from one seed. A row's `tag` says what its
+    image shows, for figures; nothing is trained on it.
+    """
+    import random
+
+    if split == "texts":
+        for digit, word in enumerate(WORDS):
+            text = f"the number {word}, the digit {word} written by hand"
+            yield {"id": f"class-{digit}", "text": text, "label": str(digit)}
+        return
+    if split == "test":
+        yield from _digits("test")
+        return
+    if split == "examples":
+        seen: dict[str, int] = {}
+        for row in _digits("examples"):
+            seen[row["label"]] = seen.get(row["label"], 0) + 1
+            if seen[row["label"]] <= CLEAN:
+                yield row
+        return
+    generator = random.Random(2)
+    says = ("a handwritten {}", "somebody wrote the number {}", "{}, scanned from a form", "the digit {} in pencil")
+    says_nothing = ("scan 0417, page 3", "untitled", "image from a form, grey", "cropped and resized", "sample picture")
+    for row in _digits("rest"):
+        true = int(row["label"])
+        label = TAKEN_FOR[true] if generator.random() < WRONG else true
+        told, draw = generator.choice(says), generator.random()
+        if draw < TOLD:
+            caption = told.format(WORDS[true])
+        elif draw < TOLD + MISTOLD:
+            caption = told.format(WORDS[label])
+        else:
+            caption = generator.choice(says_nothing)
+        yield {**row, "label": str(label), "text": caption, "tag": f"shows {true}"}
 
 
 _DATA = {
@@ -354,4 +404,5 @@ _DATA = {
     "general-knowledge": (_trivia, ""),
     "digits/examples": (_digits, "examples"),
     "digits/test": (_digits, "test"),
+    **{f"noisy-digits/{split}": (_noisy_digits, split) for split in ("examples", "noisy", "test", "texts")},
 }

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from residency.bases import is_vision
 from residency.errors import DataError
 from residency.progress import Progress
 from residency.rows import Row
@@ -44,12 +45,6 @@ def load(folder: Path, device: str = "cpu") -> Encoder:
     )
     adapter = Adapter.load(folder, config)
     return found if adapter is None else Adapted(found, adapter)
-
-
-def is_vision(config: dict[str, Any]) -> bool:
-    """Whether a config.json is that of an image encoder: an embedded one, transformers', or timm's."""
-    sees = {"num_channels", "image_size", "pretrained_cfg"} & set(config)
-    return "residency_encoder" in config or bool(sees and not {"vocab_size", "text_config"} & set(config))
 
 
 def item_of(row: Row) -> Any:

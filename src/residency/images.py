@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ def data_uri(image: Any, side: int | None = None) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@lru_cache(maxsize=4096)
+def thumbnail(item: str, side: int = 96) -> str:
+    """A small data: URI of an image by its path or URI; empty where it cannot be read."""
+    try:
+        return data_uri(open_image(item), side)
+    except DataError:
+        return ""
 
 
 def changed(image: Any, generator: np.random.Generator, mirror: bool = False) -> Any:

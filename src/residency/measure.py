@@ -14,7 +14,7 @@ Blocks may nest: lowering the mark for an inner block first tells the outer ones
 share their memory, so a block's peak includes what other threads did meanwhile.
 
 Source: proc_pid_clear_refs(5). Cost: two small file reads; `cpu_gflops` about 0.2 seconds once per process.
-Nothing here imports torch; `machine` and `PeakMemory` look at CUDA only if the caller has imported it.
+Nothing here imports torch; `machine`, `PeakMemory` and `now` look at it only if the caller has imported it.
 """
 
 from __future__ import annotations
@@ -174,6 +174,17 @@ def _memory() -> int:
         except (OSError, ValueError):  # "max" means none
             continue
     return total
+
+
+def now(device: Any) -> float:
+    """Seconds on a clock that is read when the device has done what it was given.
+
+    Args:
+        device: A torch.device.
+    """
+    if device.type != "cpu":
+        sys.modules["torch"].accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 @functools.cache

@@ -257,6 +257,9 @@ def _records(source: Any, label: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
+MAGIC = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+"""First bytes of a picture → its kind."""
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Endings of files that count as images in a folder of folders."""
 
@@ -471,7 +474,8 @@ def _image(value: str, folder: Path | None) -> str:
 def _picture(value: Any, folder: Path | None) -> str:
     """An image as a row keeps it: a path or data: URI; decoded ones (of `datasets` columns) become a data: URI."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return "data:image/*;base64," + base64.b64encode(value["bytes"]).decode()
+        kind = next((name for start, name in MAGIC.items() if value["bytes"].startswith(start)), "png")
+        return f"data:image/{kind};base64," + base64.b64encode(value["bytes"]).decode()
     if isinstance(value, dict) and isinstance(value.get("path"), str):
         value = value["path"]
     if hasattr(value, "getpixel"):

@@ -349,6 +349,10 @@ class _Run:
                 items[row.id] = {"prompt": row.prompt, "answer": row.answer}
                 if row.image and row.image.startswith("data:") and len(row.image) < 20_000:
                     items[row.id]["image"] = row.image
+                elif row.image:
+                    from residency.images import thumbnail
+
+                    items[row.id]["image"] = thumbnail(row.image)
         return {"metric": metric, "items": items} | self.plan.exam.properties(metric)
 
     def _comparisons(self, exams: list[dict[str, Any]]) -> list[dict[str, Any]]:

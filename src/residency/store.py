@@ -149,7 +149,7 @@ def link_folder(source: Path, target: Path) -> None:
     """Give `target` the files of `source` without a second copy on the disk where hard links allow it.
 
     Finished steps are never modified in place, so two of them may share a file's bytes. Across file systems, or where
-    links are refused, the files are copied. Hidden files stay behind.
+    links are refused, the files are copied. Hidden files stay behind, and so does the source's seal.
 
     Args:
         source: An existing folder; links to files are followed.
@@ -157,7 +157,7 @@ def link_folder(source: Path, target: Path) -> None:
     """
     for file in sorted(p for p in source.rglob("*") if p.is_file()):
         name = file.relative_to(source)
-        if any(part.startswith(".") for part in name.parts):
+        if any(part.startswith(".") for part in name.parts) or name == Path(MANIFEST):
             continue
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ import transformers as tf
 
 from residency.errors import DataError
 from residency.evaluate import likelihood
-from residency.evaluate.likelihood import answer_logprobs, evaluating
+from residency.evaluate.likelihood import answer_logprobs
+from residency.modes import evaluating
 
 VOCAB = 97
 SMALL = {

@@ -1,26 +1,19 @@
-"""Small random decoders whose greedy text does not fall into a loop at once."""
+"""Small random decoders whose greedy text does not fall into a loop at once, and texts for them."""
 
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from residency.testing.tinyllama import tiny_llama
 
 
-def tiny(vocabulary: int = 61, layers: int = 3, seed: int = 0, **config) -> LlamaForCausalLM:
-    """A random llama in float32 and evaluation mode: D = 32, 4 query heads, 2 key/value heads."""
+def tiny(vocabulary: int = 61, layers: int = 3, seed: int = 0, **config):
+    """`tiny_llama`, and torch's random state set, so that drafters made next are the same too."""
+    model = tiny_llama(seed, vocab_size=vocabulary, num_hidden_layers=layers, **{"pad_token_id": 0} | config)
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval().requires_grad_(False)
+    return model
+
+
+def text(length: int, rows: int = 1, seed: int = 0):
+    """Random token ids [B, T]."""
+    return torch.randint(1, 61, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from evictionmodels import llama, text
+from models import text, tiny
 from transformers import DynamicCache
 
 from residency.errors import DataError, PlanError
@@ -37,7 +37,7 @@ def plain(model, ids):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_budget_of_everything_is_full_attention(mode, implementation):
-    model, ids = llama(implementation), text(61)
+    model, ids = tiny(attn_implementation=implementation), text(61)
     for chunk, instruction in ((16, 7), (64, 7), (5, 20), (16, 61), (16, 99)):
         cache = Citrus(60, chunk, mode).prefill(model, ids, instruction_tokens=instruction)
         rest = ids[:, -instruction:]
@@ -50,7 +50,7 @@ def test_a_budget_of_everything_is_full_attention(mode, implementation):
 
 @pytest.mark.parametrize("policy", [Full(), Streaming(), H2O(), TOVA(), SnapKV()])
 def test_every_policy_is_full_attention_when_nothing_must_go(policy):
-    model, ids = llama(), text(40)
+    model, ids = tiny(), text(40)
     cache = Evicting(policy, 36, 8).prefill(model, ids, instruction_tokens=4)
     torch.testing.assert_close(behind(model, cache, ids[:, -4:]), plain(model, ids)[:, -4:], rtol=0, atol=1e-4)
 
@@ -73,7 +73,7 @@ def test_every_policy_is_full_attention_when_nothing_must_go(policy):
 def test_a_turn_by_the_difference_is_the_rotation_recomputed(rope):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    model = llama(rope_parameters=rope)
+    model = tiny(rope_parameters=rope)
     embedding, rotation = model.model.rotary_emb, rotation_of(model)
     raw = torch.randn(2, 2, 9, 8)
     old, new = torch.randint(0, 400, (2, 9)), torch.randint(0, 400, (2, 9))
@@ -105,7 +105,7 @@ def test_partial_rotation_leaves_the_rest_of_the_key_alone():
 
 def test_half_precision_keys_do_not_drift():
     """Entries that move a hundred times are rounded twice, not a hundred times."""
-    model = llama().to(torch.bfloat16)
+    model = tiny().to(torch.bfloat16)
     rotation = rotation_of(model)
     raw = torch.randn(1, 2, 4, 8)
     first = turn(raw, rotation.angles(torch.arange(4)[None] + 300)).to(torch.bfloat16)
@@ -128,7 +128,7 @@ def test_half_precision_keys_do_not_drift():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "length of the text"),
+        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "length of the text"),
         (
             lambda: transformers.MistralForCausalLM(
                 transformers.MistralConfig(
@@ -232,7 +232,7 @@ class Official:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("k", "c", "m"), [(20, 8, 5), (9, 16, 21), (24, 7, 1)])
 def test_equals_the_official_formulation(mode, k, c, m):
-    model, ids = llama(), text(90)
+    model, ids = tiny(), text(90)
     expected, names = Official(model).read(ids[:, :-m], ids[:, -m:], k, c, mode)
     cache = Citrus(k, c, mode).prefill(model, ids, instruction_tokens=m)
     at = torch.arange(k)[None]
@@ -244,7 +244,7 @@ def test_equals_the_official_formulation(mode, k, c, m):
 
 
 def test_layers_differ_and_modes_differ():
-    model, ids = llama(), text(120)
+    model, ids = tiny(), text(120)
     found = {m: Citrus(16, 8, m).prefill(model, ids, instruction_tokens=6) for m in MODES}
     tokens = {m: [c.origins(i)[0, 0].tolist() for i in range(3)] for m, c in found.items()}
     assert len({str(t) for t in tokens.values()}) == 3
@@ -253,7 +253,7 @@ def test_layers_differ_and_modes_differ():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_one_pass_equals_two(implementation):
-    model, ids = llama(implementation), text(100)
+    model, ids = tiny(attn_implementation=implementation), text(100)
     kinds = {"instruction_tokens": 9, "policy": Shared(), "budget": 24, "chunk": 8}
     one, two = (prefill(model, ids, fused=fused, **kinds) for fused in (True, False))
     for i in range(3):
@@ -263,7 +263,7 @@ def test_one_pass_equals_two(implementation):
 
 
 def test_standard_is_shared_whose_instruction_is_the_chunk():
-    model, ids = llama(), text(80)
+    model, ids = tiny(), text(80)
     real = torch.ones(1, 8, dtype=torch.bool)
     caches = []
     for policy in (Standard(), Shared()):
@@ -280,7 +280,7 @@ def test_standard_is_shared_whose_instruction_is_the_chunk():
 
 
 def test_permuted_heads_and_scaled_scores_choose_the_same():
-    model, ids = llama(), text(90)
+    model, ids = tiny(), text(90)
     other = copy.deepcopy(model)
     for layer in other.model.layers:  # groups exchanged, and heads within a group
         attn = layer.self_attn
@@ -307,7 +307,7 @@ def test_permuted_heads_and_scaled_scores_choose_the_same():
 @pytest.mark.parametrize("decoder", [Citrus(20, 8), Citrus(20, 8, "individual"), Evicting(H2O(), 20, 8), Evicting(TOVA(), 20, 8),
                                      Evicting(SnapKV(), 20, 8), Evicting(Streaming(), 20, 8)])  # fmt: skip
 def test_a_padded_row_is_what_it_is_alone(decoder):
-    model = llama()
+    model = tiny()
     lengths = (83, 50, 23, 12, 4)
     rows = [text(n, seed=n) for n in lengths]
     width = max(lengths)
@@ -333,7 +333,7 @@ def test_a_padded_row_is_what_it_is_alone(decoder):
 
 
 def test_padding_in_the_middle_is_no_token():
-    model, row = llama(), text(60)
+    model, row = tiny(), text(60)
     ids, mask = torch.zeros(1, 75, dtype=torch.long), torch.zeros(1, 75, dtype=torch.long)
     at = torch.cat([torch.arange(3, 30), torch.arange(40, 66), torch.arange(68, 75)])
     ids[:, at], mask[:, at] = row, 1
@@ -359,7 +359,7 @@ def test_split_takes_the_last_real_tokens():
 
 
 def test_generate_with_a_prefilled_cache_and_with_the_decoder_are_one():
-    model, ids = llama(), text(150)
+    model, ids = tiny(), text(150)
     decoder = Citrus(24, 16)
     cache = decoder.prefill(model, ids, instruction_tokens=8)
     one = model.generate(**cache.inputs(ids[:, -8:]), max_new_tokens=10, do_sample=False, pad_token_id=0)
@@ -386,7 +386,7 @@ def test_generate_with_a_prefilled_cache_and_with_the_decoder_are_one():
                                      {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 3}])  # fmt: skip
 def test_everything_generate_can_do_works_behind_the_cache(options, implementation):
     """At a budget of everything the answers are those of plain `generate`, with two padded rows."""
-    model = llama(implementation)
+    model = tiny(attn_implementation=implementation)
     ids = text(40, 2)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -399,7 +399,7 @@ def test_everything_generate_can_do_works_behind_the_cache(options, implementati
 
 
 def test_streamer_stopping_and_dictionaries():
-    model, ids = llama(), text(100)
+    model, ids = tiny(), text(100)
 
     class Streamer(transformers.generation.streamers.BaseStreamer):
         def __init__(self):
@@ -440,7 +440,7 @@ def test_streamer_stopping_and_dictionaries():
 
 
 def test_a_conversation_goes_on_behind_what_was_kept():
-    model, ids = llama(), text(90)
+    model, ids = tiny(), text(90)
     turn_two = text(30, seed=5)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     # everything fits: the second answer is that of plain attention over the whole conversation
@@ -473,7 +473,7 @@ def test_a_conversation_goes_on_behind_what_was_kept():
 
 
 def test_a_plain_cache_is_taken_over():
-    model, ids = llama(), text(70)
+    model, ids = tiny(), text(70)
     cache = DynamicCache()
     with torch.no_grad():
         model(ids[:, :40], past_key_values=cache, use_cache=True)
@@ -492,7 +492,7 @@ def _again(model, ids):
 
 
 def test_sizes_that_make_no_sense_are_refused():
-    model, ids = llama(), text(20)
+    model, ids = tiny(), text(20)
     for make in (lambda: Citrus(0), lambda: Citrus(8, 0), lambda: Citrus(8, 8, "best"), lambda: Citrus(8, 8, window=0),
                  lambda: Evicting(Shared(), 8, bounded=True), lambda: Evicting(Streaming(8), 8)):  # fmt: skip
         with pytest.raises(ValueError, match="at least 1|mode|instruction|first tokens"):
@@ -523,7 +523,7 @@ def test_settings_become_a_decoder():
                   {"method": "citrus", "budget": 0}, {"method": "h2o", "sinks": 4}):  # fmt: skip
         with pytest.raises(DataError, match="cache.json"):
             from_json(wrong)
-    model, ids = llama(), text(60)
+    model, ids = tiny(), text(60)
     said = model.generate(ids, custom_generate=decoder, max_new_tokens=4, do_sample=False, pad_token_id=0)
     told = model.generate(
         ids, custom_generate=decoder, max_new_tokens=4, do_sample=False, pad_token_id=0, instruction_tokens=9
@@ -532,7 +532,7 @@ def test_settings_become_a_decoder():
 
 
 def test_rotation_is_measured_once_and_named_layers_may_have_none():
-    model = llama()
+    model = tiny()
     assert rotation_of(model) is rotation_of(model)
     assert rotation_of(model).turned == (True, True, True)
     still = Rotation(torch.ones(4), (False,))

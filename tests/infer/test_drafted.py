@@ -12,6 +12,8 @@ from transformers import (
     LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -24,7 +26,7 @@ from residency.infer.drafted import Drafted
 from residency.infer.lookup import PromptLookup, WithLookup
 from residency.infer.medusa import Medusa
 from residency.infer.tree import DynamicTree, StaticTree, Tree
-from residency.packed import packed
+from residency.packed import available, packed
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 41]])
 DRAFTERS = {
@@ -287,6 +289,64 @@ def test_the_cache_left_behind_holds_the_text_and_nothing_more(model):
     assert lengths == {45}
 
 
+def test_what_there_is_to_pack(model):
+    drafter = Clover2(model, token_ids=torch.arange(9)).attach(model)
+    for around in (drafter, WithLookup(drafter)):
+        assert Drafted(around).parts() == [drafter, drafter.head]
+    assert Drafted(PromptLookup()).parts() == Drafted(None).parts() == []
+    with packed(*Drafted(WithLookup(drafter)).parts()):
+        layers = [m for m in (*drafter.modules(), drafter.head) if isinstance(m, torch.nn.Linear)]
+        assert len(layers) > 10
+        assert all(("forward" in m.__dict__) == available() for m in layers)
+
+
+def test_a_row_that_ended_is_no_longer_streamed(model):
+    """Row 0 ends early and row 1 goes on: what was put is row 0, without its padding."""
+
+    class Keep:
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.got.append("end")
+
+    both = torch.cat((PROMPT, PROMPT.flip(1)))
+    end = plain(model)[0, 15].item()
+    theirs, keep = plain(model, both, eos_token_id=end), Keep()
+    row = theirs[0].tolist()
+    cut = row.index(end, 6) + 1
+    assert theirs.shape[1] > cut, "the other row ends first: the test shows nothing"
+    decode = Drafted(Oracle([plain(model, ids[None])[0].tolist() for ids in both]))
+    assert torch.equal(plain(model, both, custom_generate=decode, streamer=keep, eos_token_id=end), theirs)
+    assert keep.got == [*both.flatten().tolist(), *row[6:cut], "end"]
+
+
+def test_the_text_after_a_row_has_one_token_left(model):
+    """Rejection at a step without guesses: nothing was drawn, so the token is the target's own."""
+    decode = Drafted(Clover2(model), StaticTree.chain(2), sampling="rejection")
+    out = plain(model, custom_generate=decode, do_sample=True, max_new_tokens=2)
+    assert out.shape == (1, 8)
+    assert decode.stats.nodes == 1
+
+
+@pytest.mark.parametrize("make", [Clover2, Clover, Medusa])
+def test_a_decoder_with_fused_projections(make):
+    """Phi-3 has llama's final norm and one matrix for queries, keys and values."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, sliding_window=None, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    phi = Phi3ForCausalLM(config).eval().requires_grad_(False)
+    decode = Drafted(make(phi), TREES["dynamic"])
+    assert torch.equal(plain(phi, custom_generate=decode), plain(phi))
+    assert decode.stats.nodes > decode.stats.steps
+
+
 def test_results_are_ordinary_tensors(model):
     ids = plain(model, custom_generate=Drafted(Clover2(model)))
     ids[0, 0] = 3
@@ -310,7 +370,7 @@ def test_a_criterion_is_known_by_its_class(model):
 
 def test_more_that_is_refused(model):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    with pytest.raises(PlanError, match="dynamic, whose frequencies depend"):
+    with pytest.raises(PlanError, match="`dynamic`, whose frequencies change"):
         plain(tiny(rope_parameters=rope), custom_generate=Drafted(None))
     with pytest.raises(PlanError, match="without output_scores"):
         plain(model, custom_generate=Drafted(None), output_scores=True, return_dict_in_generate=True)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from evictionmodels import llama, text
+from models import text, tiny
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -35,7 +35,7 @@ def kept(cache, layer):
 
 
 def test_mass_is_the_attention_of_transformers():
-    model, ids = llama(), text(30)
+    model, ids = tiny(), text(30)
     expected = attentions(model, ids)
     seen = {}
     rows = torch.tensor([[4, 17, 29]])
@@ -59,7 +59,7 @@ def test_mass_in_blocks_is_mass_at_once(monkeypatch):
 
 
 def test_streaming_keeps_exactly_the_first_and_the_last():
-    model, ids = llama(), text(100)
+    model, ids = tiny(), text(100)
     for sinks in (0, 1, 4):
         cache = prefill(model, ids, instruction_tokens=6, policy=Streaming(sinks), budget=20, chunk=8)
         for i in range(3):
@@ -68,7 +68,7 @@ def test_streaming_keeps_exactly_the_first_and_the_last():
 
 def test_h2o_keeps_the_recent_half_and_the_heaviest():
     """One chunk, so that the sums are those of full attention."""
-    model, ids = llama(), text(60)
+    model, ids = tiny(), text(60)
     cache = prefill(model, ids, instruction_tokens=6, policy=H2O(0.5), budget=20, chunk=64)
     for i, a in enumerate(attentions(model, ids)):
         heavy = a.view(2, 2, 60, 60).mean(1).sum(1)[:, :44]  # what all 60 queries pay to the older 44
@@ -78,14 +78,14 @@ def test_h2o_keeps_the_recent_half_and_the_heaviest():
 
 
 def test_tova_keeps_what_the_last_token_attends_to():
-    model, ids = llama(), text(60)
+    model, ids = tiny(), text(60)
     cache = prefill(model, ids, instruction_tokens=6, policy=TOVA(), budget=20, chunk=64)
     for i, a in enumerate(attentions(model, ids)):
         assert kept(cache, i) == [sorted(a[:, -1, :54].mean(0).topk(20).indices.tolist())]
 
 
 def test_snapkv_keeps_what_the_instruction_attends_to_and_its_neighbours():
-    model, ids = llama(), text(80)
+    model, ids = tiny(), text(80)
     for chunk in (16, 128):  # it evicts once, so chunks change nothing
         cache = prefill(model, ids, instruction_tokens=6, policy=SnapKV(3), budget=20, chunk=chunk)
         for i, a in enumerate(attentions(model, ids)):
@@ -117,7 +117,7 @@ def test_choose_against_brute_force():
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_never_more_than_promised_and_in_order(policy):
-    model, k, c, m = llama(), 20, 8, 5
+    model, k, c, m = tiny(), 20, 8, 5
     ids = text(101, 2)
     cache = EvictingCache(rotation_of(model), rows=k + 2 * c + m)
     real = torch.ones(2, c, dtype=torch.bool)
@@ -145,7 +145,7 @@ def test_never_more_than_promised_and_in_order(policy):
     "decoder", [Citrus(32, 16), Citrus(32, 16, "standard"), Evicting(TOVA(), 32, 16), Evicting(H2O(), 32, 16)]
 )
 def test_memory_does_not_grow_with_the_text(decoder):
-    model = llama()
+    model = tiny()
     sizes = {n: decoder.prefill(model, text(n), instruction_tokens=8) for n in (100, 200, 400)}
     assert len({cache.nbytes() for cache in sizes.values()}) == 1
     for cache in sizes.values():
@@ -159,7 +159,7 @@ def test_memory_does_not_grow_with_the_text(decoder):
 
 def test_the_kept_keys_are_where_they_say():
     """Keys of the first layer depend on token and position alone: recomputed at 0 … k − 1, they are those of the cache."""
-    model, ids = llama(), text(90)
+    model, ids = tiny(), text(90)
     for policy in (Streaming(), SnapKV(), Shared()):
         cache = prefill(model, ids, instruction_tokens=6, policy=policy, budget=18, chunk=8)
         for g in range(2):
@@ -172,7 +172,7 @@ def test_the_kept_keys_are_where_they_say():
 
 def test_a_layer_behaves_like_transformers_own():
     torch.manual_seed(0)
-    model = llama()
+    model = tiny()
     mine = EvictingCache(rotation_of(model), rows=4)
     theirs = DynamicCache()
     for _ in range(6):
@@ -204,7 +204,7 @@ def test_a_layer_behaves_like_transformers_own():
 
 
 def test_foreign_caches():
-    model = llama()
+    model = tiny()
     rotation = rotation_of(model)
     assert adopt(None, rotation).length == 0
     assert adopt(DynamicCache(), rotation).length == 0
@@ -226,7 +226,7 @@ def test_foreign_caches():
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("policy", [Streaming(), H2O(), TOVA()], ids=repr)
 def test_bounded_decoding_never_outgrows_its_budget(policy, implementation):
-    model, ids = llama(implementation), text(70, 2)
+    model, ids = tiny(attn_implementation=implementation), text(70, 2)
     mask = torch.ones_like(ids)
     mask[1, :31] = 0
     decoder = Evicting(policy, 24, 8, bounded=True)
@@ -264,7 +264,7 @@ def test_bounded_decoding_never_outgrows_its_budget(policy, implementation):
 
 def test_bounded_streaming_equals_reading_the_same_tokens():
     """Decoding with eviction leaves the cache in the state that the positions of what it holds demand."""
-    model, ids = llama(), text(50)
+    model, ids = tiny(), text(50)
     decoder = Evicting(Streaming(2), 20, 4, bounded=True)
     out = model.generate(
         ids, custom_generate=decoder, instruction_tokens=3, max_new_tokens=40, do_sample=False, pad_token_id=0,
@@ -279,7 +279,7 @@ def test_bounded_streaming_equals_reading_the_same_tokens():
 
 
 def test_unbounded_streaming_grows_by_the_answer():
-    model, ids = llama(), text(50)
+    model, ids = tiny(), text(50)
     out = model.generate(
         ids, custom_generate=Evicting(Streaming(), 20, 4), instruction_tokens=3, max_new_tokens=40, do_sample=False,
         pad_token_id=0, return_dict_in_generate=True,
@@ -299,7 +299,7 @@ def test_policies_refuse_budgets_without_a_choice():
 )
 def test_a_second_turn_after_decoding(decoder):
     """Scores and states of tokens that were generated are carried into the next turn, whose context may be empty."""
-    model, ids = llama(), text(60)
+    model, ids = tiny(), text(60)
     options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     one = model.generate(ids, custom_generate=decoder, instruction_tokens=5, **options)
     for more, asked in ((25, 6), (6, 7)):  # the second: the instruction is all that is new
@@ -316,7 +316,7 @@ def test_a_second_turn_after_decoding(decoder):
 
 
 def test_a_failure_while_reading_leaves_an_empty_cache_and_the_model_as_it_was():
-    model, ids = llama(), text(60)
+    model, ids = tiny(), text(60)
     cache = Citrus(20, 8).prefill(model, ids, instruction_tokens=5)
     calls = []
 

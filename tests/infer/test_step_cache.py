@@ -129,6 +129,14 @@ def test_plan_reads_the_config(tmp_path, config, message):
         step().plan(before)
 
 
+def test_the_config_of_another_architecture_says_nothing(tmp_path):
+    """A distilled student may carry its teacher's tokenizer, and with it the teacher's folder."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"], "sliding_window": 64}))
+    step().plan(state(tokenizer_folder=str(tmp_path)))
+    with pytest.raises(PlanError, match="window"):
+        step().plan(state(tokenizer_folder=str(tmp_path), architecture="MistralForCausalLM"))
+
+
 def test_planning_needs_no_torch():
     import subprocess
     import sys

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import operator
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from helpers import qa, write_jsonl
-from residency import bases, catalog, decoding, embedded, plan, recipe, run
+from residency import bases, catalog, decoding, embedded, plan, recipe, run, store
 from residency.chat import Chat
 from residency.errors import DataError, PlanError
 from residency.evaluate.cost import measure_speed
 from residency.infer.drafted import Drafted
 from residency.infer.step_draft import Draft, DraftParams
+from residency.infer.tree import DynamicTree
 from residency.progress import Progress
 from residency.report.figures import describe, draw
 from residency.step import Job, State
@@ -67,8 +71,40 @@ def test_plan():
     assert step(text="rows").plan(before).flops < forecast.flops
     with pytest.raises(PlanError, match="needs a causal-lm"):
         step().plan(state(kind="classifier"))
-    with pytest.raises(PlanError, match="cannot be drafted for"):
+    with pytest.raises(PlanError, match="cannot be drafted for: a GPT2LMHeadModel has no final norm"):
         step().plan(state(architecture="GPT2LMHeadModel"))
+    assert DraftParams().least == DynamicTree().least == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding window of 4,096"),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"architectures": ["PhiForCausalLM"]}, "a PhiForCausalLM has no final norm"),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": None}, None),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32768, "use_sliding_window": False}, None),
+        ({"architectures": ["LlamaForCausalLM"], "attn_logit_softcapping": 50.0}, None),  # only eviction minds
+    ],
+)
+@pytest.mark.parametrize("method", ["clover-2", "medusa"])
+def test_plan_reads_the_config(tmp_path, method, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = state(architecture=config["architectures"][0], tokenizer_folder=str(tmp_path))
+    if message is None:
+        step(method=method).plan(before)
+        return
+    with pytest.raises(PlanError, match=message):
+        step(method=method).plan(before)
+
+
+def test_planning_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; from residency.infer.step_draft import Draft, DraftParams;"
+        "from residency.step import *; Draft(DraftParams()).plan(State(ModelFacts('causal-lm', 'LlamaForCausalLM', 1, 1), 1))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("method", ["clover-2", "clover", "medusa"])
@@ -82,7 +118,9 @@ def test_a_run_leaves_the_model_and_puts_a_draft_beside_it(tmp_path, method):
     assert outcome.measured["same_answers"] == "1 of 1"
     for figure in (*outcome.figures, *outcome.measured["figures"]):
         assert figure["kind"] == "table" or (describe(figure) and draw(figure)["data"])
-    assert decoding.describe(model) == {"draft": method}
+    assert decoding.has_draft(model)
+    assert store.read_json(model / "draft" / "config.json")["method"] == method
+    assert not (model / store.MANIFEST).exists()  # of the embedded base
     chat = Chat.open(model, max_tokens=12)
     assert isinstance(chat.options["custom_generate"], Drafted)
     with_draft = "".join(chat.ask("What is a permit?"))
@@ -104,7 +142,7 @@ def test_texts_survive_a_kill_and_seeds_count(tmp_path, monkeypatch):
     first = job(tmp_path, "first")
     step(**QUICK).run(first)
     killed = job(tmp_path, "killed")
-    monkeypatch.setattr(Draft, "_measure", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("residency.infer.draftcost.compare", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         step(**QUICK).run(killed)
     monkeypatch.undo()

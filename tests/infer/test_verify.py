@@ -11,13 +11,13 @@ from residency.infer import verify
 from residency.infer.tree import Tree
 
 
-def tree(tokens, parents, q=None, dense=()):
+def tree(tokens, parents, drawn_from=()):
     depth = [0]
     for parent in parents[1:]:
         depth.append(depth[parent] + 1)
     row = torch.tensor([tokens])
     return Tree(
-        row, torch.tensor([parents]), torch.tensor([depth]), torch.ones_like(row, dtype=torch.bool), q, tuple(dense)
+        row, torch.tensor([parents]), torch.tensor([depth]), torch.ones_like(row, dtype=torch.bool), tuple(drawn_from)
     )
 
 
@@ -79,8 +79,7 @@ def test_a_chain_is_judged_as_transformers_judges_it():
         given = tree(
             [0, *drawn.tolist()],
             list(range(-1, N)),
-            q=torch.cat((torch.ones(1, 1), q.gather(2, drawn[None, :, None])[..., 0]), 1),
-            dense=[(q[:, i : i + 1].log(), torch.tensor([[i]])) for i in range(N)],
+            drawn_from=[(q[:, i : i + 1].log(), torch.tensor([[i]])) for i in range(N)],
         )
         it = iter(uniforms[0].tolist())
         original = torch.rand
@@ -111,8 +110,7 @@ def test_what_comes_out_has_the_targets_distribution(rule):
         given = tree(
             tokens,
             [-1, 0, 0, 1, 1],
-            q=torch.ones(1, 5),
-            dense=[
+            drawn_from=[
                 (q1.log()[None, None], torch.tensor([[0]])),
                 (q2[first[0]].log()[None, None], torch.tensor([[1]])),
             ],
@@ -133,7 +131,7 @@ def test_rejection_accepts_everything_when_draft_and_target_agree():
     p = (2 * torch.randn(6)).softmax(-1)
     for _ in range(50):
         first = int(torch.multinomial(p, 1))
-        given = tree([0, first], [-1, 0], q=torch.ones(1, 2), dense=[(p.log()[None, None], torch.tensor([[0]]))])
+        given = tree([0, first], [-1, 0], drawn_from=[(p.log()[None, None], torch.tensor([[0]]))])
         (verdict,) = verify.rejection(given, p.log().expand(1, 2, -1))
         assert verdict.path == [0, 1]
 
@@ -145,7 +143,7 @@ def test_a_draft_vocabulary_is_a_subset():
     counts = torch.zeros(6)
     for _ in range(6000):
         token = int(ids[torch.multinomial(q, 1)])
-        given = tree([0, token], [-1, 0], q=torch.ones(1, 2), dense=[(q.log()[None, None], torch.tensor([[0]]))])
+        given = tree([0, token], [-1, 0], drawn_from=[(q.log()[None, None], torch.tensor([[0]]))])
         (verdict,) = verify.rejection(given, p.log().expand(1, 2, -1), vocabulary=ids)
         counts[verdict.tokens[0]] += 1
     assert chisquare(counts, 6000 * p).pvalue > 1e-3
@@ -159,7 +157,7 @@ def test_a_drafter_that_is_all_but_certain_distorts_nothing():
     for _ in range(2000):
         gumbel = logq - torch.empty(4).exponential_().log()
         order = gumbel.argsort(descending=True)[:3].tolist()
-        given = tree([9, *order], [-1, 0, 0, 0], q=torch.ones(1, 4), dense=[(logq[None, None], torch.tensor([[0]]))])
+        given = tree([9, *order], [-1, 0, 0, 0], drawn_from=[(logq[None, None], torch.tensor([[0]]))])
         (verdict,) = verify.rejection(given, torch.zeros(1, 4, 4))
         counts[verdict.tokens[0]] += 1
     assert chisquare(counts, torch.full((4,), 500.0)).pvalue > 1e-3

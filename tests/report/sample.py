@@ -348,7 +348,14 @@ def _steps(rng: random.Random) -> list[dict[str, Any]]:
                     "xlabel": "pair of heads",
                     "ylabel": "",
                     "note": "Pairs near 1 lose little when merged.",
-                }
+                },
+                {
+                    "kind": "gallery",
+                    "title": "What was relabelled",
+                    "items": [
+                        {"image": PIXEL, "title": "cat → dog", "text": f"score .{i} {HOSTILE}"} for i in range(7)
+                    ],
+                },
             ],
         ),
     ]

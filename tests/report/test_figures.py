@@ -73,6 +73,8 @@ class TestFigures:
             {"kind": "scatter", "x": [1, None, "a"], "y": [2, float("nan")], "hover": [None]},
             {"kind": "heatmap", "x": [1], "y": [], "z": [3, [1, None], []]},
             {"kind": "table", "columns": None, "rows": [1, "x", [None], {"a": 1}]},
+            {"kind": "gallery", "items": [3, {"image": 4}, {"image": "javascript:alert(1)", "title": None}]},
+            {"kind": "gallery", "items": "none"},
         ],
     )
     def test_no_figure_breaks_the_page(self, record, light, spec):
@@ -87,6 +89,20 @@ class TestFigures:
         for text in (Page(render_html(record)).words, render_markdown(record)):
             assert "A figure kind from the future" in text
             assert "cannot draw this figure kind: hologram" in text
+
+    def test_a_gallery_shows_its_pictures_and_no_others(self, record, light):
+        from sample import PIXEL
+
+        copied = copy.deepcopy(record)
+        pictures = [{"image": PIXEL, "title": "kept", "text": "as given"}, {"image": "http://a/b.png", "title": "gone"}]
+        copied["steps"][0]["figures"] = [{"kind": "gallery", "title": "Rows", "items": pictures}]
+        copied["steps"][3]["figures"] = []
+        copied["comparisons"] = []
+        page = Page(render_html(copied))
+        assert [a["src"] for tag, a in page.tags if tag == "img"] == [PIXEL]
+        assert "kept" in page.words
+        assert "as given" in page.words
+        assert "2 pictures" in render_markdown(copied)
 
     def test_long_tables_say_how_long(self, record, light):
         page = Page(render_html(record))

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from residency.compress.decoder import evaluating
 from residency.compress.kl import kl_fused
 from residency.compress.overlap import overlap_fused
 from residency.compress.teacher import head_of, last_hidden
 from residency.errors import DataError
+from residency.modes import evaluating
 from residency.objective import next_token_positions
 
 KS = (1, 8)

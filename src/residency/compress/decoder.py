@@ -50,17 +50,6 @@ def decoder(model: PreTrainedModel) -> tuple[Any, nn.ModuleList]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), and the mode it was in afterwards."""
-    training = model.training
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
 def replaced(layers: nn.ModuleList, forwards: Mapping[int, Forward]) -> Iterator[None]:
     """Give the layers at these indices another forward for a while."""
     before = {index: vars(layers[index]).get("forward") for index in forwards}

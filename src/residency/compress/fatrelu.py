@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from residency.compress.decoder import evaluating
 from residency.compress.relufy import gated_ffns, set_thresholds, thresholds
 from residency.compress.sparsity import Meter, Sparsity, intermediates
 from residency.errors import DataError
+from residency.modes import evaluating
 from residency.objective import next_token_positions
 from residency.progress import Progress
 

@@ -59,11 +59,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from residency.compress.decoder import decoder, evaluating
+from residency.compress.decoder import decoder
 from residency.compress.headgrams import Attention, Batch, attentions, needs_float64
 from residency.compress.headstream import Stream, eager
 from residency.compress.mergeheads import LayerPlan, checked, declare, linear
 from residency.errors import DataError
+from residency.modes import evaluating
 from residency.progress import Progress
 
 

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from residency.compress.decoder import decoder, evaluating
+from residency.compress.decoder import decoder
 from residency.compress.headsupport import refusal
 from residency.errors import DataError, PlanError
+from residency.modes import evaluating
 from residency.progress import Progress
 
 Batch = Mapping[str, Tensor]

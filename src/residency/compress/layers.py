@@ -50,7 +50,6 @@ from transformers import PreTrainedModel
 
 from residency.compress.decoder import (
     decoder,
-    evaluating,
     hidden_input,
     hidden_output,
     passing,
@@ -60,6 +59,7 @@ from residency.compress.decoder import (
 )
 from residency.compress.relufy import install_thresholds
 from residency.errors import DataError, PlanError
+from residency.modes import evaluating
 from residency.objective import next_token_positions
 from residency.progress import Progress
 

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residency.compress import headalign, headgroups
-from residency.compress.decoder import evaluating
 from residency.compress.headgrams import (
     Attention,
     Batch,
@@ -57,6 +56,7 @@ from residency.compress.headgrams import (
     needs_float64,
 )
 from residency.errors import DataError, PlanError
+from residency.modes import evaluating
 from residency.objective import next_token_positions
 from residency.progress import Progress
 

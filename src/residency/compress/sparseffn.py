@@ -46,10 +46,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from residency.compress.decoder import decoder, evaluating
+from residency.compress.decoder import decoder
 from residency.compress.relufy import PARTS, FATReLU, gated_ffns, thresholds
 from residency.compress.sparsekernel import Kernel, kernel
 from residency.errors import MissingError, PlanError
+from residency.modes import evaluating
 
 MAX_TOKENS = 4
 """Tokens in one forward pass up to which the sparse path is taken: more of them have more active rows in common.

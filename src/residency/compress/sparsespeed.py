@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residency.compress.decoder import evaluating
 from residency.compress.relufy import FATReLU, gated_ffns
 from residency.compress.sparseffn import sparse_decoding
+from residency.modes import evaluating
 
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)
 

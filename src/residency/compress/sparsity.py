@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from residency.compress.decoder import evaluating
 from residency.compress.relufy import gated_ffns
 from residency.errors import DataError
+from residency.modes import evaluating
 
 EDGES = (0, 1, 4, 16, 64, 256, 1024)
 """First place of each bucket: the first token, 2-4, 5-16, and so on."""

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from residency import fusedhead, store
 from residency.compress.bild import BiLDParams, bild
-from residency.compress.decoder import evaluating
 from residency.errors import DataError, PlanError
+from residency.modes import evaluating
 from residency.objective import Head, next_token_positions
 from residency.progress import Progress
 from residency.tokens import Encoded, collate

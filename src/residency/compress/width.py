@@ -41,10 +41,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from residency.compress.decoder import decoder, evaluating, uncached
+from residency.compress.decoder import decoder, uncached
 from residency.compress.layers import Batch, model_inputs
 from residency.compress.relufy import install_thresholds
 from residency.errors import DataError, PlanError
+from residency.modes import evaluating
 from residency.progress import Progress
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

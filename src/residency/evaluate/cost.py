@@ -21,7 +21,6 @@ machine says nothing.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,8 @@ from transformers import DynamicCache, GenerationConfig
 
 from residency.errors import DataError
 from residency.evaluate.generate import only
-from residency.evaluate.likelihood import evaluating
+from residency.measure import now
+from residency.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def measure_speed(
 def _answer(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and from there to the last."""
     cache = DynamicCache(config=model.config)
-    begin = _now(prompt.device)
+    begin = now(prompt.device)
     token = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    first = _now(prompt.device)
+    first = now(prompt.device)
     for _ in range(new_tokens - 1):
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    return first - begin, _now(prompt.device) - first
+    return first - begin, now(prompt.device) - first
 
 
 class _FirstToken:
@@ -100,7 +100,7 @@ class _FirstToken:
     def put(self, value: Any) -> None:
         self.calls += 1
         if self.calls == 2:  # the first call brings the prompt
-            self.at = _now(self.device)
+            self.at = now(self.device)
 
     def end(self) -> None:
         pass
@@ -108,19 +108,13 @@ class _FirstToken:
 
 def _generated(model: Any, prompt: torch.Tensor, new_tokens: int, options: Mapping[str, Any]) -> tuple[float, float]:
     """The same through `generate`, which knows other decoders; end tokens do not end it."""
-    watch, begin = _FirstToken(prompt.device), _now(prompt.device)
+    watch, begin = _FirstToken(prompt.device), now(prompt.device)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0
     )
     with only(model, config):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
-    return watch.at - begin, _now(prompt.device) - watch.at
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+    return watch.at - begin, now(prompt.device) - watch.at
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype | None = None) -> int:

@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from residency.errors import DataError
-from residency.evaluate.likelihood import evaluating
+from residency.modes import evaluating
 
 
 def generate(

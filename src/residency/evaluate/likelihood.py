@@ -38,7 +38,6 @@ Inputs: token ids; the caller applies the chat template. Relations: `choice` ran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -47,6 +46,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from residency.errors import DataError
+from residency.modes import evaluating
 
 LOGITS_IN_FLIGHT = 2**26
 """Most logits held at once (256 MiB in fp32): 1365 positions of a 49k vocabulary, 256 of Gemma's. Our choice."""
@@ -246,15 +246,3 @@ def _batches(rows, prompts, answers, cut: int, budget: int, vocabulary: int) -> 
 
 def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation for the block, and back to the mode each one had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

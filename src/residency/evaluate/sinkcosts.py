@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from residency.errors import DataError
-from residency.evaluate.textstarts import Starts, decoder_layers, evaluating
+from residency.evaluate.textstarts import Starts, decoder_layers
+from residency.modes import evaluating
 
 BATCH_TOKENS = 512
 """Tokens of one forward pass, padding included."""

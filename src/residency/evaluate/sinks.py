@@ -48,7 +48,8 @@ import torch
 from torch import Tensor
 
 from residency.errors import DataError, PlanError
-from residency.evaluate.textstarts import Starts, decoder_layers, evaluating, first_tensor
+from residency.evaluate.textstarts import Starts, decoder_layers, first_tensor
+from residency.modes import evaluating
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Values of `model_type` whose attention is known here."""

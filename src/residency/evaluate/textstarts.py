@@ -10,8 +10,7 @@ any module built the same way, such as `backcopy.TinyTransformer`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -48,18 +47,6 @@ def chosen_layers(model: Any, layer: int | Sequence[int]) -> list[Any]:
 def first_tensor(output: Any) -> Tensor:
     """The hidden states of a module that returns them alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside the block, and every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class Starts:

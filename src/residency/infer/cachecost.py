@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from residency.errors import DataError
 from residency.infer.evicting import Evicting
 from residency.infer.evictioncache import EvictingCache
+from residency.measure import now
 from residency.rows import Row
 from residency.tokens import rendered
 
@@ -149,7 +149,7 @@ def savings(
     """
     ids = torch.tensor([document.context + document.instruction], device=model.device)
     asked = len(document.instruction)
-    begin = _now(model)
+    begin = now(model.device)
     cache = decoder.prefill(model, ids, instruction_tokens=asked)
     held, size = cache.length, cache.nbytes()
     if promise is not None:
@@ -157,12 +157,12 @@ def savings(
     given = cache.inputs(ids[:, -asked:])
     given.pop("attention_mask")
     token = model(**given, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    first = _now(model)
+    first = now(model.device)
     times = []
     for _ in range(tokens):
-        before = _now(model)
+        before = now(model.device)
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        times.append(_now(model) - before)
+        times.append(now(model.device) - before)
     return Savings(size, held, first - begin, 1000 * statistics.median(times))
 
 
@@ -172,9 +172,3 @@ def tightened(decoder: Evicting, entries: int) -> Evicting:
     other.budget, other.chunk = entries, max(1, min(decoder.chunk, entries))
     other.policy.check(entries)
     return other
-
-
-def _now(model: Any) -> float:
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    return time.perf_counter()

@@ -100,7 +100,7 @@ class Regressive(Drafter):
         last: Any = target.get_decoder().layers[-1]
         self.augment = nn.ModuleList(type(last)(config, i) for i in range(params.layers))
         for layer in self.augment:
-            layer.to(last.self_attn.q_proj.weight).load_state_dict(last.state_dict())
+            layer.to(next(last.parameters())).load_state_dict(last.state_dict())
         self.norm_out = copy.deepcopy(norm)
         self.pads: list[int] = []
         self._gates = config.num_attention_heads if self.width % config.num_attention_heads == 0 else 1

@@ -23,85 +23,25 @@ Relations: drafters are `clover.Clover2`, `clover.Clover`, `medusa.Medusa` and `
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from residency.compat import streamer_of_generate
 from residency.errors import PlanError
 from residency.infer import verify
-from residency.infer.drafter import Drafter, final_norm
-from residency.infer.slotcache import SlotCache, SlotLayer, tree_mask
+from residency.infer.drafter import Drafter, Proposer, final_norm
+from residency.infer.draftstats import DraftStats
+from residency.infer.families import undraftable
+from residency.infer.slotcache import SlotCache, tree_mask
 from residency.infer.tree import DynamicTree, StaticTree, Tree, TreePolicy
 
 Sampling = Literal["matching", "rejection"]
-
-
-class Proposer(Protocol):
-    """What the loop needs of a drafter."""
-
-    wants_hidden: bool
-
-    def attach(self, target: PreTrainedModel) -> Any:
-        """Borrow what it needs of the target."""
-
-    def start(self, batch: int, capacity: int) -> None:
-        """A new text begins."""
-
-    def observe(self, hidden: Tensor, following: Tensor, counts: Sequence[int], pads: Sequence[int]) -> None:
-        """Take in certain tokens (see `Drafter.observe`); `hidden` is empty unless `wants_hidden`."""
-
-    def draft(self, roots: Tensor, policy: TreePolicy, levels: int, sample: float | None = None) -> Tree:
-        """Guess a tree behind the roots."""
-
-
-@dataclass
-class DraftStats:
-    """What one call of `generate` did.
-
-    Args:
-        steps: Passes of the target after the prompt's.
-        tokens: Tokens these gave, over all rows.
-        rows: Rows that were alive, summed over steps (= steps at batch 1).
-        nodes: Nodes the target read, over all rows.
-        lengths: Number of accepted guesses → how often.
-        offered, accepted: Per level (from 1): in how many row-steps the tree had a node there, and one was accepted.
-        prompt_seconds, draft_seconds, verify_seconds, other_seconds: Wall time by what it was spent on.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    rows: int = 0
-    nodes: int = 0
-    lengths: dict[int, int] = field(default_factory=dict)
-    offered: dict[int, int] = field(default_factory=dict)
-    accepted: dict[int, int] = field(default_factory=dict)
-    prompt_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    other_seconds: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Mean tokens per row and step; 1 is plain decoding."""
-        return self.tokens / max(1, self.rows)
-
-    def add(self, other: DraftStats) -> None:
-        """Sum two calls."""
-        for name in ("steps", "tokens", "rows", "nodes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("prompt_seconds", "draft_seconds", "verify_seconds", "other_seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("lengths", "offered", "accepted"):
-            mine = getattr(self, name)
-            for key, value in getattr(other, name).items():
-                mine[key] = mine.get(key, 0) + value
 
 
 class Drafted:
@@ -116,7 +56,6 @@ class Drafted:
 
     Attributes:
         stats: Of all calls since `reset`.
-        last: Of the last call.
 
     Raises:
         ValueError: For rejection sampling with a dynamic tree, whose shape depends on what was drawn.
@@ -143,11 +82,15 @@ class Drafted:
             if temperature <= 0:
                 raise ValueError(f"the drafter's temperature is positive, not {temperature}")
         self.sampling, self.temperature = sampling, temperature
-        self.stats, self.last = DraftStats(), DraftStats()
+        self.stats = DraftStats()
 
     def reset(self) -> None:
         """Forget the statistics."""
-        self.stats, self.last = DraftStats(), DraftStats()
+        self.stats = DraftStats()
+
+    def parts(self) -> list[nn.Module]:
+        """The drafter's modules worth packing, once it is attached (see `Proposer.parts`)."""
+        return self.drafter.parts() if self.drafter is not None else []
 
     def __call__(
         self,
@@ -171,43 +114,26 @@ class Drafted:
         check(model, generation_config)
         if self.drafter is not None:
             self.drafter.attach(model)
-            inner = getattr(self.drafter, "drafter", self.drafter)
-            if isinstance(inner, Drafter) and inner.dtype != model.dtype:
-                raise PlanError(
-                    f"the draft computes in {inner.dtype}, and the model in {model.dtype}",
-                    hint="drafter.to(model.dtype)",
-                )
         with torch.no_grad():
             loop = _Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             found = loop.run(model_kwargs)
-        self.last = loop.stats
         self.stats.add(loop.stats)
         return found
 
 
 def check(model: PreTrainedModel, generation_config: Any = None) -> None:
-    """Refuse what a tree cannot be verified for.
+    """Refuse what a tree cannot be verified for: the model by `families.undraftable`, as a plan does, and settings.
 
     Raises:
         PlanError: Encoder-decoders, sliding windows and states that cannot be taken back; positions whose meaning
-            depends on the longest one; beams; outputs that are not kept.
+            depends on the longest one; no final norm like llama's; beams; outputs that are not kept.
     """
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise PlanError("encoder-decoder models cannot be drafted for", hint="use a decoder-only model")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+    config = model.config.get_text_config().to_dict() | {"is_encoder_decoder": model.config.is_encoder_decoder}
+    if (reason := undraftable(config)) is not None:
         raise PlanError(
-            f"{type(model).__name__} has {', '.join(sorted(kinds - {'full_attention'})) or 'sliding-window'} layers",
-            hint="a tree needs a cache from which guesses can be taken back: full attention in every layer",
+            f"a {type(model).__name__} cannot be drafted for: {reason}",
+            hint="a tree needs a cache from which guesses can be taken back, and positions that do not depend on it",
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
-        if (kind := part.get("rope_type")) in ("dynamic", "longrope"):
-            raise PlanError(
-                f"{type(model).__name__} has RoPE of type {kind}, whose frequencies depend on the longest position",
-                hint="a tree reaches further than one token does; such models cannot be drafted for losslessly",
-            )
     final_norm(model)
     if generation_config is None:
         return
@@ -229,12 +155,15 @@ class _Loop:
         self, owner: Drafted, model: Any, ids: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any
     ) -> None:
         self.owner, self.model, self.config, self.streamer = owner, model, config, streamer
-        self.processor, self.criteria = processor, criteria
+        self.processor = processor
+        self.choose = verify.matching if config.do_sample else verify.greedy
+        self.rejection = bool(config.do_sample) and owner.sampling == "rejection"
+        own = (EosTokenCriteria, MaxLengthCriteria)  # what `_take` looks after itself
+        self.criteria = [criterion for criterion in criteria or () if not isinstance(criterion, own)]
         self.prompt = ids
         self.stats = DraftStats()
         self.B, self.T = ids.shape
         self.device = ids.device
-        self.sample = bool(config.do_sample)
         eos, pad = getattr(config, "_eos_token_tensor", None), getattr(config, "_pad_token_tensor", None)
         self.eos = set(eos.flatten().tolist()) if eos is not None else set()
         self.pad = int(pad) if pad is not None else 0
@@ -272,7 +201,8 @@ class _Loop:
             drafter.start(self.B, self.T + 64)
         began = time.perf_counter()
         logits, hidden = self._read_prompt(cache, mask, before)
-        roots = [verify_one(logits[b, -1:], self._process(b), self.sample) for b in range(self.B)]
+        bare = Tree.bare(self.prompt[:, -1])
+        roots = [verdict.tokens[0] for verdict in self.choose(bare, logits[:, -1:], self.process)]
         self.stats.prompt_seconds = time.perf_counter() - began
         self._take([[root] for root in roots])
         if self.streamer is not None:
@@ -286,27 +216,12 @@ class _Loop:
         rows = [row + [self.pad] * (longest - len(row)) for row in self.said]
         sequences = torch.cat((self.prompt, torch.tensor(rows, device=self.device, dtype=self.prompt.dtype)), 1)
         wanted = self.config.return_dict_in_generate
-        left = self._left_behind(cache, given) if wanted or getattr(given, "_is_user_defined", False) else None
+        left = None
+        if wanted or getattr(given, "_is_user_defined", False):  # what the next turn may go on from
+            left = cache.plain(given if isinstance(given, DynamicCache) else DynamicCache(config=self.model.config))
         if wanted:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=left)  # type: ignore[arg-type]
         return sequences
-
-    def _left_behind(self, cache: SlotCache, given: Any) -> Any:
-        """What the next turn may go on from: a plain cache of all tokens but the last; None where rows differ."""
-        if len(set(cache.lengths)) > 1:
-            return None
-        end = cache.lengths[0]
-        plain: Any = given if isinstance(given, DynamicCache) else DynamicCache(config=self.model.config)
-        for i, layer in enumerate(cache.layers):
-            assert isinstance(layer, SlotLayer)
-            assert layer.keys is not None
-            assert layer.values is not None
-            keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
-            if plain.layers[i : i + 1] and plain.layers[i].is_initialized:
-                plain.layers[i].keys, plain.layers[i].values = keys, values
-            else:
-                plain.update(keys, values, i)
-        return plain
 
     def _cache(self) -> SlotCache:
         return SlotCache(self.model.config.get_text_config().num_hidden_layers, self.B, self.T + 64)
@@ -333,11 +248,10 @@ class _Loop:
         began = time.perf_counter()
         levels = self.room - min(len(s) for s, d in zip(self.said, self.done, strict=True) if not d) - 1
         columns = torch.tensor(roots, device=self.device)
-        rejection = self.sample and self.owner.sampling == "rejection"
         tree = None
         if drafter is not None and levels > 0:
-            tree = drafter.draft(columns, self.owner.tree, levels, self.owner.temperature if rejection else None)
-        tree = tree or alone(columns)
+            tree = drafter.draft(columns, self.owner.tree, levels, self.owner.temperature if self.rejection else None)
+        tree = tree or Tree.bare(columns)
         drafted = time.perf_counter()
         inner = tree.ancestors()
         pads = torch.tensor(self.pads, device=self.device)
@@ -351,23 +265,20 @@ class _Loop:
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-        process = self._processing() if self.processor else None
-        if rejection and tree.q is not None:
-            vocabulary = getattr(drafter, "token_ids", None)
-            verdicts = verify.rejection(tree, logits, process, vocabulary)
+        if self.rejection and tree.drawn_from:
+            assert isinstance(drafter, Drafter)
+            verdicts = verify.rejection(tree, logits, self.process, drafter.token_ids)
         else:
-            verdicts = (verify.matching if self.sample else verify.greedy)(tree, logits, process)
+            verdicts = self.choose(tree, logits, self.process)
         verified = time.perf_counter()
-        self._count(tree, verdicts)
+        self.stats.count(tree, verdicts, self.done)
         for b, verdict in enumerate(verdicts):
             if self.done[b]:  # a finished row stands still; the drafter is told something, of no consequence
                 verdict.path, verdict.tokens = verdict.path[:1], verdict.tokens[:1]
         kept = self._take([v.tokens for v in verdicts])
         cache.accept([v.path[:n] for v, n in zip(verdicts, kept, strict=True)])  # a row that ended keeps what it said
-        if self.streamer is not None:
-            new = self.said[0][-min(len(verdicts[0].tokens), self._fresh) :] if self._fresh else []
-            if new:
-                self.streamer.put(torch.tensor(new))
+        if self.streamer is not None and kept[0]:
+            self.streamer.put(torch.tensor(self.said[0][-kept[0] :]))
         if not all(self.done):
             for b, verdict in enumerate(verdicts):
                 roots[b] = verdict.tokens[-1]
@@ -389,21 +300,6 @@ class _Loop:
         padded = torch.tensor([row + [0] * (width - len(row)) for row in following], device=self.device)
         drafter.observe(hidden, padded, counts, self.pads)
 
-    def _count(self, tree: Tree, verdicts: list[verify.Verdict]) -> None:
-        stats = self.stats
-        stats.steps += 1
-        depths = tree.depth.masked_fill(~tree.alive, 0)
-        for b, verdict in enumerate(verdicts):
-            if self.done[b]:
-                continue
-            stats.rows += 1
-            stats.nodes += int(tree.alive[b].sum())
-            taken = len(verdict.path) - 1
-            stats.lengths[taken] = stats.lengths.get(taken, 0) + 1
-            for level in range(1, int(depths[b].max()) + 1):
-                stats.offered[level] = stats.offered.get(level, 0) + 1
-                stats.accepted[level] = stats.accepted.get(level, 0) + (level <= taken)
-
     def _take(self, new: list[list[int]]) -> list[int]:
         """Append tokens row by row, up to where the row ends: end-of-text, length, or any other criterion.
 
@@ -411,7 +307,6 @@ class _Loop:
             How many each row took.
         """
         first = not self.stats.steps
-        self._fresh = 0
         taken = [0] * len(new)
         for b, tokens in enumerate(new):
             if self.done[b]:
@@ -419,7 +314,6 @@ class _Loop:
             for token in tokens:
                 taken[b] += 1
                 self.said[b].append(token)
-                self._fresh += b == 0
                 self.stats.tokens += not first
                 if token in self.eos or len(self.said[b]) >= self.room or self._stopped(b):
                     self.done[b] = True
@@ -428,28 +322,22 @@ class _Loop:
 
     def _stopped(self, b: int) -> bool:
         """Whether a criterion other than length and end-of-text wants row b to stop."""
-        others = [c for c in self.criteria or () if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
-        if not others:
-            return False
-        return any(bool(torch.as_tensor(c(self._text(b, []), None)).any()) for c in others)
+        return any(bool(torch.as_tensor(c(self._text(b, []), None)).any()) for c in self.criteria)
 
     def _text(self, b: int, more: list[int]) -> Tensor:
         """The row so far as [1, length]: prompt, what was said, and the way down a tree."""
         tail = torch.tensor([self.said[b] + more], device=self.device, dtype=self.prompt.dtype)
         return torch.cat((self.prompt[b : b + 1], tail), 1)
 
-    def _process(self, b: int) -> Any:
-        """Processors for row b's next token, or None."""
-        if not self.processor:
-            return None
-        return lambda logits: self.processor(self._text(b, []), logits.float())
+    @property
+    def process(self) -> verify.Process | None:
+        """What `verify` calls at a node, where there are logits processors."""
+        return self._processed if self.processor else None
 
-    def _processing(self) -> verify.Process:
-        def process(b: int, way: list[int], logits: Tensor) -> Tensor:
-            found: Tensor = self.processor(self._text(b, way), logits[None].float())[0]
-            return found
-
-        return process
+    def _processed(self, b: int, way: list[int], logits: Tensor) -> Tensor:
+        """Row b's logits [V] at the end of a way down the tree, as the processors leave them."""
+        found: Tensor = self.processor(self._text(b, way), logits[None].float())[0]
+        return found
 
     @contextmanager
     def _states(self) -> Iterator[list[Tensor]]:
@@ -463,19 +351,3 @@ class _Loop:
             yield kept
         finally:
             handle.remove()
-
-
-def alone(roots: Tensor) -> Tree:
-    """Trees of nothing but their roots [B]."""
-    column = roots[:, None]
-    return Tree(
-        column, torch.full_like(column, -1), torch.zeros_like(column), torch.ones_like(column, dtype=torch.bool)
-    )
-
-
-def verify_one(logits: Tensor, process: Any, sample: bool) -> int:
-    """The next token from raw logits [1, V]."""
-    logits = logits if process is None else process(logits)
-    if not sample:
-        return int(logits.argmax(-1))
-    return int(torch.multinomial(logits.float().softmax(-1), 1))

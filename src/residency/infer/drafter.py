@@ -1,10 +1,11 @@
 """What a drafter is: something that guesses the next tokens of a frozen target as a tree.
 
-The decoding loop (`drafted.py`) speaks to every drafter alike:
+The decoding loop (`drafted.py`) speaks to every drafter alike (`Proposer`):
 
-    drafter.start(batch, capacity)                    a new text begins
-    drafter.observe(hidden, ids, following, counts)   these tokens are certain now, and what the target thought at them
-    tree = drafter.draft(policy, sample)              guesses behind the last certain token
+    drafter.attach(target)                                  borrow what it needs of the target
+    drafter.start(batch, capacity)                          a new text begins
+    drafter.observe(hidden, following, counts, pads)        these tokens are certain now, and the target's states there
+    tree = drafter.draft(roots, policy, levels, sample)     guesses behind the last certain token
 
 `Drafter` drafts level by level for every drafter that has a distribution per node: `first` gives the distribution after
 the root, `next` that after drafted tokens. Whatever it needs of the target it borrows (`attach`): the rows of the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,27 @@ from transformers import PreTrainedModel
 from residency.errors import PlanError
 from residency.infer.slotcache import SlotCache
 from residency.infer.tree import Level, Tree, TreePolicy
+
+
+class Proposer(Protocol):
+    """What the loop needs of a drafter."""
+
+    wants_hidden: bool
+
+    def attach(self, target: PreTrainedModel) -> Any:
+        """Borrow what it needs of the target."""
+
+    def parts(self) -> list[nn.Module]:
+        """What it computes with, once attached: the modules worth packing (`residency.packed`)."""
+
+    def start(self, batch: int, capacity: int) -> None:
+        """A new text begins."""
+
+    def observe(self, hidden: Tensor, following: Tensor, counts: Sequence[int], pads: Sequence[int]) -> None:
+        """Take in certain tokens (see `Drafter.observe`); `hidden` is empty unless `wants_hidden`."""
+
+    def draft(self, roots: Tensor, policy: TreePolicy, levels: int, sample: float | None = None) -> Tree:
+        """Guess a tree behind the roots."""
 
 
 class Drafter(nn.Module):
@@ -121,8 +143,21 @@ class Drafter(nn.Module):
 
     # ------------------------------------------------------------------ decoding
 
+    def parts(self) -> list[nn.Module]:
+        """See `Proposer.parts`: itself, and the borrowed head."""
+        return [self, self.head]
+
     def start(self, batch: int, capacity: int) -> None:
-        """A new text begins."""
+        """A new text begins.
+
+        Raises:
+            PlanError: When drafter and target compute in different precisions.
+        """
+        if self.dtype != self.target.dtype:
+            raise PlanError(
+                f"the draft computes in {self.dtype}, and the model in {self.target.dtype}",
+                hint="drafter.to(model.dtype)",
+            )
         self.cache = SlotCache(self.context, batch, capacity) if self.context else None
 
     @abstractmethod
@@ -170,8 +205,7 @@ class Drafter(nn.Module):
             [torch.zeros(B, 1, dtype=torch.long, device=device)],
             [torch.ones(B, 1, dtype=torch.bool, device=device)],
         )
-        drawn: list[Tensor] = [torch.ones(B, 1, device=device)]
-        dense: list[tuple[Tensor, Tensor]] = []
+        drawn_from: list[tuple[Tensor, Tensor]] = []
         at = torch.zeros(B, 1, dtype=torch.long, device=device)  # tree columns of the nodes that may get children
         path = torch.zeros(B, 1, device=device)
         spent, width, levels = 0, 1, min(levels, policy.levels)
@@ -199,11 +233,7 @@ class Drafter(nn.Module):
             depths.append(torch.full_like(tokens, level))
             alive.append(grown.alive)
             if sample is not None:
-                p = guesses.exp()
-                left = 1 - (p.cumsum(-1) - p)  # mass not yet drawn when each guess was
-                q = (p / left.clamp_min(1e-9)).flatten(1).gather(1, grown.parents * p.shape[-1] + grown.ranks)
-                drawn.append(q)
-                dense.append((logp, at))
+                drawn_from.append((logp, at))
             score = guesses.flatten(1).gather(1, grown.parents * guesses.shape[-1] + grown.ranks)
             path = (path.gather(1, grown.parents) + score).masked_fill(~grown.alive, -torch.inf)
             spent, width = spent + tokens.shape[1], width + tokens.shape[1]
@@ -216,12 +246,7 @@ class Drafter(nn.Module):
                 tokens, inner, at, path = tokens[:, kept], inner[:, kept], here[:, kept], path[:, kept]
             logits, state = self.next(state, inner, tokens)
         return Tree(
-            torch.cat(columns, 1),
-            torch.cat(parents, 1),
-            torch.cat(depths, 1),
-            torch.cat(alive, 1),
-            torch.cat(drawn, 1) if sample is not None else None,
-            tuple(dense),
+            torch.cat(columns, 1), torch.cat(parents, 1), torch.cat(depths, 1), torch.cat(alive, 1), tuple(drawn_from)
         )
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from residency.infer.drafter import Proposer
 from residency.infer.tree import Tree, TreePolicy
 
 
@@ -46,6 +46,10 @@ class PromptLookup:
     def attach(self, target: PreTrainedModel) -> PromptLookup:
         """Nothing to borrow."""
         return self
+
+    def parts(self) -> list[nn.Module]:
+        """Nothing to pack."""
+        return []
 
     def start(self, batch: int, capacity: int) -> None:
         """A new text begins."""
@@ -96,14 +100,18 @@ class WithLookup:
         lookup: What is looked up; by default chains of up to five tokens.
     """
 
-    def __init__(self, drafter: Any, lookup: PromptLookup | None = None) -> None:
+    def __init__(self, drafter: Proposer, lookup: PromptLookup | None = None) -> None:
         self.drafter, self.lookup = drafter, lookup or PromptLookup()
-        self.wants_hidden: bool = drafter.wants_hidden
+        self.wants_hidden = drafter.wants_hidden
 
     def attach(self, target: PreTrainedModel) -> WithLookup:
         """See `Drafter.attach`."""
         self.drafter.attach(target)
         return self
+
+    def parts(self) -> list[nn.Module]:
+        """See `Proposer.parts`: the drafter's."""
+        return self.drafter.parts()
 
     def start(self, batch: int, capacity: int) -> None:
         """A new text begins."""
@@ -117,7 +125,7 @@ class WithLookup:
 
     def draft(self, roots: Tensor, policy: TreePolicy, levels: int, sample: float | None = None) -> Tree:
         """The drafter's tree, with the chain merged in; drawn trees (`sample`) are left as they were drawn."""
-        tree: Tree = self.drafter.draft(roots, policy, levels, sample)
+        tree = self.drafter.draft(roots, policy, levels, sample)
         if sample is not None:
             return tree
         more = [self._beyond(tree, row, levels) for row in range(len(roots))]

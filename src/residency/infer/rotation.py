@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from residency.errors import PlanError
-from residency.infer.families import refusal
+from residency.infer.families import unevictable
 from residency.infer.watch import Watch, watching
 
 Angles = tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ def rotation_of(model: Any) -> Rotation:
 
 def _measure(model: Any, layers: int) -> Rotation:
     name = type(model).__name__
-    if (reason := refusal(model.config.to_dict())) is not None:
+    if (reason := unevictable(model.config.to_dict())) is not None:
         raise PlanError(f"entries of the cache of a {name} cannot be evicted: {reason}", hint="use the full cache")
     frequencies = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
     if not isinstance(frequencies, Tensor):

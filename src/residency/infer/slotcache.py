@@ -7,18 +7,18 @@ rubbish that the next pass overwrites and no mask ever shows. The buffer doubles
 
 The model sees a `transformers.Cache`: a prompt is read through it with the model's own masks. But entries count only
 when they are declared certain (`advance`, `accept`), so it is for the decoding loop and not for `generate`; users get
-a `DynamicCache` back. `tree_mask` gives the
-mask of a tree pass, additive, since a boolean one is silently wrong under eager attention.
+a `DynamicCache` back (`plain`). `tree_mask` gives the mask of a tree pass, additive, since a boolean one is silently
+wrong under eager attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 class SlotLayer(CacheLayerMixin):
@@ -109,6 +109,21 @@ class SlotCache(Cache):
                     sources = torch.tensor(path[first:], device=layer.keys.device) + start
                     layer.move(row, sources, start + first)
         self.advance([len(path) for path in paths])
+
+    def plain(self, into: DynamicCache) -> DynamicCache | None:
+        """Copy what is certain into transformers' own cache, in place of what that holds; None where rows differ."""
+        if len(set(self.lengths)) > 1:
+            return None
+        end, theirs = self.lengths[0], cast(list[Any], into.layers)
+        for i, layer in enumerate(cast(list[SlotLayer], self.layers)):
+            assert layer.keys is not None
+            assert layer.values is not None
+            keys, values = layer.keys[:, :, :end].clone(), layer.values[:, :, :end].clone()
+            if theirs[i : i + 1] and theirs[i].is_initialized:
+                theirs[i].keys, theirs[i].values = keys, values
+            else:
+                into.update(keys, values, i)
+        return into
 
     @classmethod
     def of(cls, cache: Cache, capacity: int) -> SlotCache:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from residency.errors import PlanError
+from residency.infer.families import config_of, unevictable
 from residency.step import Forecast, Job, Outcome, Params, State, Step, require_kind
 
 FILE = "cache.json"
@@ -101,7 +101,7 @@ class Cache(Step):
         """See `Step.plan`."""
         require_kind(state, ("causal-lm",), "cache")
         p, model = self.params, state.model
-        if (reason := _refusal(model.architecture, model.tokenizer_folder)) is not None:
+        if (reason := unevictable(config_of(model.architecture, model.tokenizer_folder))) is not None:
             raise PlanError(f"entries of this model's cache cannot be evicted: {reason}", hint="leave out `cache`")
         entries = p.budget + 2 * p.chunk + p.window
         held = entries * model.kv_bytes_per_token * (2 if p.mode == "individual" else 1)
@@ -153,7 +153,6 @@ class Cache(Step):
         costs = {"full": savings(model, full, longest), p.method: savings(model, decoder, longest, promise)}
         held = costs[p.method]
         store.link_folder(job.model, job.out / "model")
-        (job.out / "model" / store.MANIFEST).unlink(missing_ok=True)
         store.write_json(job.out / "model" / FILE, p.settings())
         mean = statistics.mean
         return Outcome(
@@ -174,16 +173,6 @@ class Cache(Step):
                 "decode_ms_per_token": {name: round(cost.decode_ms, 2) for name, cost in costs.items()},
             },
         )
-
-
-def _refusal(architecture: str, folder: str) -> str | None:
-    """Why the model cannot do it, from its config.json where there is one (a planned model's is its ancestor's)."""
-    from residency.infer.families import refusal
-    from residency.store import read_json
-
-    config = Path(folder) / "config.json"
-    known = read_json(config) if folder and config.exists() else {}
-    return refusal(known | {"architectures": [architecture]})
 
 
 def _figures(title: str, before: list[float], sweep: dict[int, list[float]], texts: list[Any]) -> list[dict[str, Any]]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from residency.errors import DataError, PlanError
+from residency.infer.families import config_of, undraftable
 from residency.step import Forecast, Job, Outcome, State, Step, require_kind
 from residency.trainparams import TrainParams, activation_bytes
-
-if TYPE_CHECKING:
-    from residency.infer.drafted import DraftStats
 
 PAPER_LAYERS = {"clover-2": 2, "clover": 1}
 HELD_OUT = 8
 """Every eighth row's question is not trained on but drafted for at the end."""
-UNFIT = ("GPT2", "GPTNeo", "GPTJ", "GPTBigCode", "OPT", "Bloom", "Falcon", "Phi", "CodeGen", "Mpt", "Gemma2", "Gemma3")
-"""Beginnings of architectures without the final norm drafters read, or with sliding windows (`drafted.check`)."""
 
 
 class DraftParams(TrainParams):
@@ -47,7 +43,7 @@ class DraftParams(TrainParams):
     """Largest norm of the gradient."""
     nodes: int = Field(8, ge=1, le=64)
     """Guesses per step, at most; those of the lookup come on top."""
-    least: float = Field(0.05, ge=0, lt=1)
+    least: float = Field(0.0, ge=0, lt=1)
     """Guesses on a path less probable than this are not worth the target's time."""
     lookup: bool = True
     """Whether what the text itself said after the same words joins the guesses, at the price of a few nodes."""
@@ -97,9 +93,9 @@ class Draft(Step):
         """See `Step.plan`."""
         require_kind(state, ("causal-lm",), "draft")
         p, model = self.params, state.model
-        if model.architecture.startswith(UNFIT):
+        if (reason := undraftable(config_of(model.architecture, model.tokenizer_folder))) is not None:
             raise PlanError(
-                f"a {model.architecture} cannot be drafted for",
+                f"this model cannot be drafted for: {reason}",
                 hint="supported are llama-like decoders with full attention: llama, smollm, qwen2, qwen3",
             )
         words = min(p.vocabulary or model.vocabulary, model.vocabulary)
@@ -123,7 +119,7 @@ class Draft(Step):
 
         from residency import bases, rows, store, tokens, train
         from residency.compat import fast_bf16
-        from residency.infer import saveddraft
+        from residency.infer import draftcost, saveddraft
         from residency.infer.drafted import check
         from residency.infer.drafter import frequent_tokens
         from residency.infer.draftloss import DraftLoss, DraftWeights, collate_thoughts, record
@@ -173,7 +169,9 @@ class Draft(Step):
         )
         drafter.eval().requires_grad_(False)
         tree = DynamicTree(budget=p.nodes, levels=p.heads, least=p.least)
-        found, measured = self._measure(model, drafter, tree, held, _ends(model, tokenizer), job)
+        prompts, ends = [item.prompt for item in held], _ends(model, tokenizer)
+        settings: dict[str, Any] = {"name": p.method, "lookup": p.lookup, "new_tokens": p.new_tokens, "ends": ends}
+        compared = draftcost.compare(model, drafter, tree, prompts, **settings, progress=job.progress)
         target = job.out / "model"
         store.link_folder(job.model, target)
         if (target / saveddraft.FOLDER).exists():  # of an earlier draft step
@@ -191,14 +189,14 @@ class Draft(Step):
                 "tokens": sum(len(item.answer) for item in texts),
                 "draft_parameters": own,
                 "draft_vocabulary": len(ids) if ids is not None else model.get_output_embeddings().weight.shape[0],
-                "tokens_per_step": round(found.tokens_per_step, 3),
+                "tokens_per_step": round(compared.found.tokens_per_step, 3),
                 "optimiser_steps": log.steps,
                 "loss_first": round(log.loss[0], 4),
                 "loss_last": round(log.loss[-1], 4),
                 "precision": log.precision,
             },
-            figures=[*_accepted(found), train.loss_figure(log, "loss per position")],
-            measured=measured,
+            figures=[*draftcost.accepted(compared.found), train.loss_figure(log, "loss per position")],
+            measured=compared.measured(),
         )
 
     def _texts(self, model: Any, tokenizer: Any, items: list[Any], job: Job) -> list[Any]:
@@ -232,77 +230,6 @@ class Draft(Step):
             for n, (i, said) in enumerate(pair for batch in batches for pair in batch)
         ]
 
-    def _measure(
-        self, model: Any, drafter: Any, tree: Any, held: list[Any], ends: list[int], job: Job
-    ) -> tuple[DraftStats, dict[str, Any]]:
-        """Acceptance on held-out questions, and wall time against plain decoding on the same loop and weights."""
-        import time
-
-        import torch
-
-        from residency.infer.drafted import Drafted
-        from residency.infer.lookup import PromptLookup, WithLookup
-        from residency.packed import packed
-
-        drafter.to(model.dtype)
-        arms = {"plain": Drafted(None), self.params.method: Drafted(drafter, tree)}
-        if self.params.lookup:
-            arms |= {"lookup alone": Drafted(PromptLookup()), "both": Drafted(WithLookup(drafter), tree)}
-        texts: dict[str, list[list[int]]] = {name: [] for name in arms}
-        seconds = dict.fromkeys(arms, 0.0)
-        drafter.attach(model)
-        with packed(model, drafter, drafter.head), job.progress.task("measuring", len(arms) * len(held)) as advance:
-            for item in held:
-                ids = torch.tensor([list(item.prompt)], device=job.device)
-                for name, decode in arms.items():
-                    settings: dict[str, Any] = {
-                        "max_new_tokens": self.params.new_tokens,
-                        "do_sample": False,
-                        "eos_token_id": ends or None,
-                    }
-                    began = time.perf_counter()
-                    settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": (ends or [0])[0]}
-                    said = model.generate(ids, custom_generate=decode, **settings)
-                    seconds[name] += time.perf_counter() - began
-                    texts[name].append(said[0].tolist())
-                    advance(1)
-            heads = _head_ms(model, drafter)
-        stats = {name: decode.stats for name, decode in arms.items()}
-        chosen = "both" if self.params.lookup else self.params.method
-        same = sum(a == b for a, b in zip(texts["plain"], texts[chosen], strict=True))
-        rates: dict[str, float] = {}
-        lines = []
-        for name, s in stats.items():
-            spent = s.draft_seconds + s.verify_seconds + s.other_seconds
-            rates[name] = s.tokens / max(spent, 1e-9)
-            row = [name, round(s.tokens_per_step, 2), round(s.nodes / max(1, s.steps), 1)]
-            row += [round(1e3 * spent / max(1, s.steps), 1), round(1e3 * s.draft_seconds / max(1, s.steps), 1)]
-            lines.append([*row, round(rates[name], 1), round(rates[name] / max(rates["plain"], 1e-9), 2)])
-        table = {
-            "kind": "table",
-            "title": "Decoding with and without the draft, on held-out questions",
-            "columns": [
-                "",
-                "tokens per step",
-                "nodes per step",
-                "ms per step",
-                "of it drafting",
-                "tokens/s",
-                "× plain",
-            ],
-            "rows": lines,
-            "note": f"One LM head at one position: {heads['draft vocabulary']} ms over the draft vocabulary, "
-            f"{heads['all tokens']} ms over all tokens. Same answers: {same} of {len(held)}.",
-        }
-        measured = {
-            "decode_tokens_per_second": {name: round(rate, 2) for name, rate in rates.items()},
-            "seconds_with_prompts": {name: round(s, 3) for name, s in seconds.items()},
-            "same_answers": f"{same} of {len(held)}",
-            "head_ms": heads,
-            "figures": [table],
-        }
-        return stats[chosen], measured
-
 
 def _check_head(model: Any, item: Any) -> None:
     """Make sure that the model's distribution is its head applied to its last state: that is what a draft learns."""
@@ -321,60 +248,3 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     found = own if isinstance(own, list) else [own]
     return sorted({i for i in (*found, tokenizer.eos_token_id) if i is not None})
-
-
-def _head_ms(model: Any, drafter: Any) -> dict[str, float]:
-    """Milliseconds of one LM head at one position: over the draft vocabulary, and over all tokens."""
-    import statistics
-    import time
-
-    import torch
-
-    head = model.get_output_embeddings()
-    x = torch.zeros(1, 1, head.weight.shape[1], device=head.weight.device, dtype=head.weight.dtype)
-    found = {}
-    with torch.inference_mode():
-        for name, call in (("draft vocabulary", drafter.logits), ("all tokens", head)):
-            times = []
-            for _ in range(6):
-                began = time.perf_counter()
-                call(x)
-                if x.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
-            found[name] = round(1e3 * statistics.median(times[1:]), 3)
-    return found
-
-
-def _accepted(stats: DraftStats) -> list[dict[str, Any]]:
-    """How many guesses a step took, and how often the guess at each position came true."""
-    most = max([*stats.lengths, *stats.offered, 1])
-    positions = [level for level in range(1, most + 1) if stats.offered.get(level)]
-    steps = max(1, stats.rows)
-    share = [round(stats.accepted.get(level, 0) / steps, 4) for level in positions]
-    given = [
-        round(stats.accepted.get(level, 0) / max(1, stats.accepted.get(level - 1, 0) if level > 1 else steps), 4)
-        for level in positions
-    ]
-    figures: list[dict[str, Any]] = [
-        {
-            "kind": "bars",
-            "title": "Guesses accepted per step",
-            "xlabel": "guesses accepted",
-            "ylabel": "share of steps",
-            "x": [str(n) for n in range(most + 1)],
-            "y": [round(stats.lengths.get(n, 0) / steps, 4) for n in range(most + 1)],
-        }
-    ]
-    lines = [("this guess and all before it", share), ("this guess where those before it did", given)]
-    if positions:
-        figures.append(
-            {
-                "kind": "lines",
-                "title": "Guesses that came true, by position",
-                "xlabel": "tokens after the last certain one",
-                "ylabel": "share of steps",
-                "series": [{"name": name, "x": positions, "y": y} for name, y in lines],
-            }
-        )
-    return figures

@@ -55,18 +55,23 @@ class Tree:
         parents: [B, n]; -1 at the root, and always an earlier column.
         depth: [B, n]; 0 at the root.
         alive: [B, n]; False where a row has fewer nodes than the widest (such nodes are never accepted).
-        q: [B, n] probability with which each node was drawn (among its siblings not drawn before), or None where
-            nodes are the most probable ones and not drawn.
-        dense_q: Per level, the drafter's log-probabilities [B, F, V'] over its vocabulary behind the draws of the
-            children of that level's F nodes, and the tree columns of these F nodes; only with `q`.
+        drawn_from: Per level, the drafter's log-probabilities [B, F, V'] over its vocabulary from which the children
+            of that level's F nodes were drawn, and the tree columns [B, F] of these nodes; empty where nodes are the
+            most probable ones and not drawn.
     """
 
     tokens: Tensor
     parents: Tensor
     depth: Tensor
     alive: Tensor
-    q: Tensor | None = None
-    dense_q: tuple[tuple[Tensor, Tensor], ...] = ()
+    drawn_from: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @classmethod
+    def bare(cls, roots: Tensor) -> Tree:
+        """Trees of nothing but their roots [B]."""
+        column = roots[:, None]
+        one = torch.ones_like(column, dtype=torch.bool)
+        return cls(column, torch.full_like(column, -1), torch.zeros_like(column), one)
 
     def ancestors(self) -> Tensor:
         """[B, n, n] bool: [b, i, j] is true where j is i or one of its ancestors."""

@@ -115,7 +115,7 @@ def rejection(
     """Accept drawn candidates by the ratio of the target's and the drafter's probability.
 
     Args:
-        tree: With `q` and `dense_q`: children were drawn without replacement from the drafter's distribution.
+        tree: With `drawn_from`: children were drawn without replacement from the drafter's distributions.
         logits: [B, n, V] of the target.
         process: Logits processors, or None.
         vocabulary: [V'] ids the drafter's distributions are over, or None for all V.
@@ -126,15 +126,15 @@ def rejection(
     Raises:
         ValueError: When the tree does not say how its tokens were drawn.
     """
-    if tree.q is None:
+    if not tree.drawn_from:
         raise ValueError(
-            "rejection sampling needs a tree whose tokens were drawn (Tree.q); use `matching` for this one"
+            "rejection sampling needs a tree whose tokens were drawn (Tree.drawn_from); use `matching` for this one"
         )
     tokens, below = tree.tokens.tolist(), children(tree)
     verdicts = []
     for row, ids in enumerate(tokens):
-        drawn_from = {
-            int(column): level[row, i] for level, columns in tree.dense_q for i, column in enumerate(columns[row])
+        logqs = {
+            int(column): level[row, i] for level, columns in tree.drawn_from for i, column in enumerate(columns[row])
         }
         verdict, node = Verdict(), 0
         while True:
@@ -144,7 +144,7 @@ def rejection(
             for child in below[row][node]:
                 if logq is None:
                     logq = torch.full_like(p, -torch.inf)
-                    logq[slice(None) if vocabulary is None else vocabulary] = drawn_from[node].double()
+                    logq[slice(None) if vocabulary is None else vocabulary] = logqs[node].double()
                 token = ids[child]
                 logq = logq.log_softmax(-1)  # of what was not drawn yet
                 if float(torch.rand(())) * float(logq[token].exp()) < float(p[token]):

@@ -95,7 +95,27 @@ class TableSpec(_TableOptions):
     rows: list[list[Any]]
 
 
-FigureSpec = LinesSpec | BarsSpec | ScatterSpec | HeatmapSpec | TableSpec
+class GalleryItem(TypedDict):
+    """One picture with what is said of it; ``image`` is a data: URI, or empty."""
+
+    image: str
+    title: str
+    text: str
+
+
+class _GalleryOptions(TypedDict, total=False):
+    note: str
+
+
+class GallerySpec(_GalleryOptions):
+    """Small pictures, each with a title and a line of text."""
+
+    kind: Literal["gallery"]
+    title: str
+    items: list[GalleryItem]
+
+
+FigureSpec = LinesSpec | BarsSpec | ScatterSpec | HeatmapSpec | TableSpec | GallerySpec
 LABEL = 32
 CHARTS = ("lines", "bars", "scatter", "heatmap")
 

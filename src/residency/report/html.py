@@ -117,6 +117,8 @@ class _Book:
         try:
             if spec.get("kind") == "table":
                 return block | self._table(block["id"], spec)
+            if spec.get("kind") == "gallery":
+                return block | {"kind": "gallery", "pictures": sections.gallery(spec)}
             drawing = figures.draw(spec)
             text = figures.describe(spec)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

@@ -68,7 +68,7 @@ def flips(facts: Facts, change: Change | None, *, guard: bool = False) -> Flips 
             answer=str(dig(texts, identity, "answer", default=fmt.NONE)),
             before=before.get(identity, fmt.NONE),
             after=after.get(identity, fmt.NONE),
-            image=_image(dig(texts, identity, "image")),
+            image=picture(dig(texts, identity, "image")),
         )
 
     return Flips(
@@ -79,7 +79,7 @@ def flips(facts: Facts, change: Change | None, *, guard: bool = False) -> Flips 
     )
 
 
-def _image(address: Any) -> str:
+def picture(address: Any) -> str:
     """A picture the page carries in itself; anything else would be a request."""
     return address if isinstance(address, str) and _PICTURE.fullmatch(address) else ""
 

@@ -111,6 +111,13 @@ def _figure(spec: dict[str, Any]) -> list[str]:
             total = f"the first {TABLE_ROWS} of {total}"
         columns = [str(name) for name in fmt.sequence(spec, "columns")]
         return [f"{title} ({total})", table(columns, rows[:TABLE_ROWS]), note]
+    if kind == "gallery":
+        try:
+            shown = sections.gallery(spec)
+        except ValueError as error:
+            return [f"{title}: {safe(error)}", note]
+        rows = [[entry["title"], entry["text"]] for entry in shown[:TABLE_ROWS]]
+        return [f"{title} ({len(shown)} pictures)", table(["Picture", ""], rows), note]
     if kind in figures.CHARTS:
         return [f"{title}: {safe(figures.describe(spec), 600) or 'nothing to draw'}", note]
     return [f"{title}: cannot draw this figure kind: {safe(kind)}", note]

@@ -9,7 +9,7 @@ from typing import Any
 from residency.report import formats as fmt
 from residency.report.facts import Facts, Stage
 from residency.report.formats import dig, mapping, mappings, plain
-from residency.report.items import Flips, flips
+from residency.report.items import Flips, flips, picture
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,25 @@ def _step_view(facts: Facts, stage: Stage, ordinal: int) -> StepView:
         ],
         flips=flips(facts, change),
     )
+
+
+def gallery(spec: dict[str, Any]) -> list[dict[str, str]]:
+    """The pictures of a gallery figure, each with its title and text; only those the page can carry in itself.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    found = [
+        {"image": picture(entry.get("image")), "title": plain(entry.get("title")), "text": plain(entry.get("text"))}
+        for entry in mappings(spec, "items")[:PICTURES]
+    ]
+    if not found:
+        raise ValueError("there is nothing in this figure to draw")
+    return found
+
+
+PICTURES = 48
+"""Of a gallery; a page is no archive."""
 
 
 def guard_table(facts: Facts) -> Table | None:

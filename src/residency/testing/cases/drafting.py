@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from residency.testing.roles import Case
+from residency.testing.tinyllama import tiny_llama
 
 
 class DrafterCase(Case):
@@ -19,23 +20,7 @@ class DrafterCase(Case):
 
     def model(self) -> Any:
         """A tiny random Llama with grouped heads whose greedy text does not loop at once."""
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=61,
-                hidden_size=32,
-                intermediate_size=40,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.3,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-            return LlamaForCausalLM(config).eval().requires_grad_(False)
+        return tiny_llama()
 
     def prompts(self) -> tuple[Any, Any]:
         """Three prompts [3, 8], padded on the left, and their mask."""

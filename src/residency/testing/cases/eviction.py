@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from residency.testing.roles import Case
+from residency.testing.tinyllama import tiny_llama
 
 
 class CacheCase(Case):
@@ -28,25 +29,7 @@ class CacheCase(Case):
 
     def model(self, implementation: str = "sdpa") -> Any:
         """A tiny random Llama with grouped heads, in evaluation mode."""
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=61,
-                hidden_size=32,
-                intermediate_size=40,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.25,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-            model = LlamaForCausalLM(config).eval()
-        model.set_attn_implementation(implementation)
-        return model
+        return tiny_llama(attn_implementation=implementation)
 
     def text(self, length: int, rows: int = 1) -> Any:
         """Random token ids [B, T]."""
