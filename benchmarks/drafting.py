@@ -120,16 +120,15 @@ class Bench:
         if not file.exists():
             written = []
             began = time.perf_counter()
-            with packed(self.model):
-                for batch in answers(
-                    self.model,
-                    [item.prompt for item in self.learning],
-                    new_tokens=self.args.new_tokens,
-                    pad=self.pad,
-                    ends=self.ends,
-                ):
-                    written += batch
-                    print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
+            for batch in answers(
+                self.model,
+                [item.prompt for item in self.learning],
+                new_tokens=self.args.new_tokens,
+                pad=self.pad,
+                ends=self.ends,
+            ):
+                written += batch
+                print(f"{len(written)} texts, {time.perf_counter() - began:.0f} s", flush=True)
             store.write_json(file, written)
         return [
             tokens.Encoded(str(i), self.learning[i].prompt, tuple(said))
@@ -221,12 +220,12 @@ def decoders(bench: Bench) -> Iterator[tuple[dict[str, Callable[..., Any]], dict
         "transformers' prompt lookup": {"prompt_lookup_num_tokens": 5},
         "transformers' assisted decoding": {"assistant_model": assistant},
     }
-    parts = [d.drafter for d in made.values()] + [d.drafter.head for d in made.values()]
+    guessing = [part for d in made.values() for part in d.parts()]
 
     def call(**how: Any) -> Callable[..., Any]:
         return lambda ids, **more: bench.model.generate(ids, attention_mask=torch.ones_like(ids), **how, **more)
 
-    with packed(bench.model, assistant, *parts):
+    with packed(bench.model, assistant, rough=guessing):
         ways = {"transformers' generate, packed": call()}
         ways |= {name: call(custom_generate=d) for name, d in drafted.items()}
         ways |= {name: call(**how) for name, how in theirs.items()}

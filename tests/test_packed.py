@@ -62,3 +62,23 @@ def test_weights_written_or_converted_inside_are_not_ignored():
         assert torch.equal(model(x), torch.full((2, 3), 12.0))
         model.double()
         assert torch.equal(model(x.double()), torch.full((2, 3), 12.0, dtype=torch.float64))
+
+
+@pytest.mark.skipif(not packed.available(), reason="this build of torch has no oneDNN kernels")
+@pytest.mark.parametrize("fast", [True, False])
+def test_rough_modules_are_rounded_where_that_is_faster_and_the_others_are_not(monkeypatch, fast):
+    if fast and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(packed, "fast_bf16", lambda device: fast)
+    torch.manual_seed(0)
+    exact, guess = nn.Linear(64, 48), nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 8, bias=False))
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        plain = exact(x), guess(x)
+        with packed.packed(exact, rough=[guess]):
+            mine = exact(x), guess(x)
+            assert mine[1].dtype == torch.float32
+        half = guess.bfloat16()(x.bfloat16()).float()
+    torch.testing.assert_close(mine[0], plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[1], half if fast else plain[1], rtol=2e-2 if fast else 1e-5, atol=2e-2)
+    assert bool((mine[1] - plain[1]).abs().max() > 1e-4) == fast

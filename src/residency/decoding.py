@@ -45,12 +45,12 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
     from residency.packed import packed
 
     options: dict[str, Any] = {}
-    parts = [model]
+    guessing: list[Any] = []
     if has_draft(folder):
         from residency.infer import saveddraft
 
         drafted = saveddraft.load(folder, model)
-        parts += drafted.parts()
+        guessing = drafted.parts()
         options["custom_generate"] = drafted
     if has_budget(folder):
         from residency.infer.citrus import from_json
@@ -58,7 +58,7 @@ def prepared(folder: Path, model: Any) -> Iterator[dict[str, Any]]:
         evicting = from_json(store.read_json(folder / CACHE))
         short = options.get("custom_generate")
         options["custom_generate"] = ByLength(short, evicting) if short else evicting
-    with _sparse(model), packed(*parts):
+    with _sparse(model), packed(model, rough=guessing):
         yield options
 
 

@@ -117,7 +117,7 @@ def compare(
     seconds = dict.fromkeys(arms, 0.0)
     settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": list(ends) or None}
     settings["pad_token_id"] = (list(ends) or [0])[0]
-    with packed(model, *drafter.parts()), progress.task("measuring", len(arms) * len(prompts)) as advance:
+    with packed(model, rough=drafter.parts()), progress.task("measuring", len(arms) * len(prompts)) as advance:
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             for arm, decode in arms.items():
