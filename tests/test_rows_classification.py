@@ -125,3 +125,15 @@ def test_noisy_digits_are_wrong_in_one_way_and_their_captions_know_better():
     told = [r for r in wrong if word[r.tag[-1]] in r.text]
     mistold = [r for r in wrong if word[r.label] in r.text]
     assert len(told) > 1.5 * len(mistold) > 0
+
+
+def test_dialogues_are_the_same_question_only_with_the_same_context():
+    from residency.run import question_key
+
+    turns = [{"speaker": "A", "text": "Did you win?"}, {"speaker": "B", "text": "Yeah."}]
+    other = [{"speaker": "A", "text": "Is it over?"}, {"speaker": "B", "text": "Yeah."}]
+    first, second, again = rows.read(
+        [{"dialogue": d, "label": label} for d, label in ((turns, "joy"), (other, "sadness"), (turns, "anger"))]
+    ).rows
+    assert question_key(first) != question_key(second)
+    assert question_key(first) == question_key(again)

@@ -243,6 +243,35 @@ def chat(
 
 
 @app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A run directory, or a model folder.")],
+    items: Annotated[list[str] | None, typer.Argument(help="Texts, or paths of images.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Rows to label, with or without labels.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label texts or images with a specialist that classifies; without any, one text per line is read from stdin."""
+    from residency import encoders, rows
+    from residency.predict import Labeller
+
+    named: list[tuple[str, Any]] = [(item, item) for item in items or ()]
+    if file is not None:
+        for row in rows.stream(file, labelled=False):
+            if isinstance(row, rows.Refused):
+                typer.echo(f"{row.source}:{row.line}: skipped: {row.reason}", err=True)
+            else:
+                named.append((row.id, encoders.item_of(row)))
+    elif not named:
+        named = [(text, text) for text in map(str.strip, sys.stdin) if text]
+    labeller = Labeller.open(folder)
+    for (name, _), label in zip(named, labeller.label([item for _, item in named]), strict=True):
+        if as_json:
+            said = {"labels": label.split(" | ") if label else []} if labeller.many else {"label": label}
+            _say(json.dumps({"item": name} | said, ensure_ascii=False))
+        else:
+            _say(f"{label}\t{name}")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A run directory, or a model folder.")],
     to: Annotated[str, typer.Option("--to", help="hf, gguf or onnx.")] = "hf",

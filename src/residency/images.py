@@ -116,9 +116,9 @@ class HubVision(nn.Module):
             except ImportError as error:
                 raise MissingError(
                     f"this image encoder needs another package: {str(error).strip().splitlines()[0]}",
-                    hint="timm models: pip install timm",
+                    hint="timm models: pip install timm torchvision",
                 ) from None
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 raise DataError(
                     f"transformers cannot load this image encoder: {str(error).strip().splitlines()[0]}",
                     where=str(folder),

@@ -224,11 +224,21 @@ def _sources(recipe: Recipe, guard: GuardSection | None) -> dict[str, sources.So
     }
     if guard:
         wanted["guard"] = (guard.test, ("guard", "test"), limit.guard)
+    free = set()
     for i, entry in enumerate(recipe.steps):
         for name, ref in entry.step.sources().items():
             wanted[f"{i}:{name}"] = (ref, ("steps", i, entry.name, name), limit.pool)
+            if name in entry.step.unlabelled:
+                free.add(f"{i}:{name}")
     return {
-        name: sources.resolve(ref, recipe.folder, where=recipe.where(*path), limit=most, max_chars=keys.max_chars)
+        name: sources.resolve(
+            ref,
+            recipe.folder,
+            where=recipe.where(*path),
+            limit=most,
+            max_chars=keys.max_chars,
+            labelled=name not in free,
+        )
         for name, (ref, path, most) in wanted.items()
     }
 

@@ -145,7 +145,9 @@ class _BadRowError(ValueError):
 # ------------------------------------------------------------------ reading
 
 
-def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> Iterator[Row | Refused]:
+def stream(
+    source: Any, *, max_chars: int = 32_768, name: str | None = None, labelled: bool = True
+) -> Iterator[Row | Refused]:
     """Read a source row by row.
 
     Args:
@@ -153,6 +155,7 @@ def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> 
             `datasets.Dataset`, or any iterable of dicts.
         max_chars: Rows with more characters are refused.
         name: What refusals call the source; the file's name by default.
+        labelled: Whether a text, image or dialogue without a label is refused.
 
     Yields:
         `Row` or `Refused`, in the order of the source.
@@ -166,7 +169,7 @@ def stream(source: Any, *, max_chars: int = 32_768, name: str | None = None) -> 
     ids: set[str] = set()
     for line, raw in _records(source, label):
         try:
-            row = _row(raw, label, line, max_chars, folder)
+            row = _row(raw, label, line, max_chars, folder, labelled)
             first = seen.setdefault(row.key(), line)
             if first != line:
                 raise _BadRowError(f"the same row as line {first}")
@@ -401,7 +404,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 # ------------------------------------------------------------------ one record → one row
 
 
-def _row(raw: Any, label: str, line: int, max_chars: int | None, folder: Path | None) -> Row:
+def _row(raw: Any, label: str, line: int, max_chars: int | None, folder: Path | None, labelled: bool = True) -> Row:
     if isinstance(raw, _BadRowError):
         raise raw
     if not isinstance(raw, dict):
@@ -431,7 +434,9 @@ def _row(raw: Any, label: str, line: int, max_chars: int | None, folder: Path | 
     elif raw.get("label") is not None or raw.get("labels") is not None:
         row = Row(**_content(raw, folder), **_labels(raw), **common)
     elif any(raw.get(name) is not None for name in ("text", "image", "dialogue")):
-        raise _BadRowError("the field `label` is missing")
+        if labelled:
+            raise _BadRowError("the field `label` is missing")
+        row = Row(**_content(raw, folder), **common)
     else:
         found = ", ".join(f"`{str(k)[:30]}`" for k in list(raw)[:6]) or "nothing"
         raise _BadRowError(f"no question and answer here (fields: {found})")

@@ -367,7 +367,8 @@ class _Run:
 
 def question_key(row: rows.Row) -> str:
     """What makes two rows the same question: all said before the answer, case and spacing aside; or the image."""
-    said = "\n".join(content for _, content in row.messages[:-1]) or row.prompt
+    turns = row.messages[:-1] or row.dialogue
+    said = "\n".join(content for _, content in turns) or row.prompt
     return row.image or " ".join(said.lower().split())
 
 

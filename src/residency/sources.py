@@ -21,6 +21,7 @@ class Source:
         fingerprint: Content address.
         limit: Read at most so many good rows.
         max_chars: Longer rows are refused.
+        labelled: Whether rows to classify need a label.
     """
 
     ref: str
@@ -28,6 +29,7 @@ class Source:
     fingerprint: str
     limit: int | None = None
     max_chars: int = 32_768
+    labelled: bool = True
 
     @property
     def label(self) -> str:
@@ -38,7 +40,7 @@ class Source:
         """Its rows, good and refused, up to the limit of good ones."""
         raw: Any = self.path if self.path else embedded.data(self.ref.removeprefix("embedded:"))
         taken = 0
-        for item in rows.stream(raw, max_chars=self.max_chars, name=self.label):
+        for item in rows.stream(raw, max_chars=self.max_chars, name=self.label, labelled=self.labelled):
             yield item
             taken += isinstance(item, rows.Row)
             if self.limit is not None and taken >= self.limit:
@@ -71,9 +73,15 @@ class Source:
 
 
 def resolve(
-    ref: str, beside: Path, *, where: str | None = None, limit: int | None = None, max_chars: int = 32_768
+    ref: str,
+    beside: Path,
+    *,
+    where: str | None = None,
+    limit: int | None = None,
+    max_chars: int = 32_768,
+    labelled: bool = True,
 ) -> Source:
-    """Find a data source.
+    """Find a data source (see `Source` for the arguments; `beside` is the recipe's folder, `where` its place there).
 
     Raises:
         RecipeError: When a relative path leaves the recipe's folder, or embedded data has no such name.
@@ -85,7 +93,7 @@ def resolve(
             next(embedded.data(name))
         except RecipeError as error:
             raise RecipeError(error.what, where=where, hint=error.hint) from None
-        return Source(ref, None, f"embedded:{embedded.data_version(name)}", limit, max_chars)
+        return Source(ref, None, f"embedded:{embedded.data_version(name)}", limit, max_chars, labelled)
     path = Path(ref)
     if not path.is_absolute():
         inside = (beside / path).resolve()
@@ -97,6 +105,6 @@ def resolve(
     if not path.exists():
         raise DataError(f"there is no file `{path}`", where=where, hint="paths are relative to the recipe's folder")
     try:
-        return Source(ref, path, bases.fingerprint_of(path), limit, max_chars)
+        return Source(ref, path, bases.fingerprint_of(path), limit, max_chars, labelled)
     except OSError as error:
         raise DataError(f"`{path}` cannot be read: {error.strerror}", where=where) from None

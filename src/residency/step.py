@@ -223,6 +223,7 @@ class Step(ABC):
         gives: Ports it replaces, of "model", "rows".
         method: Name of the catalogue row of the method it applies, or None.
         beside: Whether it puts something beside weights it leaves alone; a step that made another model would lose it.
+        unlabelled: Names of sources whose rows need no label.
     """
 
     version: ClassVar[int] = 1
@@ -230,6 +231,7 @@ class Step(ABC):
     reads: ClassVar[frozenset[str]] = frozenset({"model", "rows"})
     gives: ClassVar[frozenset[str]] = frozenset()
     beside: ClassVar[bool] = False
+    unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: ParamsModel) -> None:
         self.params = params
