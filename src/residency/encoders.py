@@ -78,6 +78,7 @@ class TextEncoder:
         self.device = device
         self.pooling: Pooling = getattr(self.model.config, "residency_pooling", "mean")
         self.max_tokens = getattr(self.model.config, "residency_max_tokens", self.max_tokens)
+        self.turns: int = getattr(self.model.config, "residency_turns", 8)
 
     def ids(self, item: Any) -> list[int]:
         """Token ids of a text or a dialogue.
@@ -88,7 +89,7 @@ class TextEncoder:
         if isinstance(item, tuple):
             from residency.dialogues import render
 
-            return list(render(item, self.tokenizer, self.max_tokens))
+            return list(render(item, self.tokenizer, self.max_tokens, self.turns))
         if not isinstance(item, str) or item.startswith("data:image/"):
             raise DataError("a text encoder was given an image", where=str(item)[:40], hint="use an image base")
         return self.tokenizer(item, truncation=True, max_length=self.max_tokens)["input_ids"] or [0]

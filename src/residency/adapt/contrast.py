@@ -36,13 +36,16 @@ def similarity(a: Tensor, b: Tensor, kind: Kind = "cos") -> Tensor:
     Args:
         a: Anchors.
         b: Candidates.
-        kind: cos; halfcos = (1 + cos) / 2, in [0, 1]; dot; neg_sqeuclid = −‖a − b‖².
+        kind: cos; halfcos = (1 + cos) / 2, in [0, 1]; dot; neg_sqeuclid = −‖a − b‖². Cosines are computed in at least
+            float32.
 
     Raises:
         ValueError: For another kind.
     """
     if kind in ("cos", "halfcos"):
-        cos = nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).mT
+        with torch.autocast(a.device.type, enabled=False):  # divided by τ, a cosine of 8 bits is too coarse
+            a, b = (x.float() if x.dtype.itemsize < 4 else x for x in (a, b))
+            cos = nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).mT
         return cos if kind == "cos" else (1 + cos) / 2
     if kind == "dot":
         return a @ b.mT
@@ -133,5 +136,5 @@ class SupCon(Objective):
         same = y[:, None] == y[None]
         own = torch.eye(len(y), dtype=torch.bool, device=y.device)
         losses = multi_positive_nce(similarity(z, z), same, tau=self.temperature, exclude=own, reduce=self.reduce)
-        head = nn.functional.cross_entropy(self.head(z.detach()).float(), y, reduction="sum")
+        head = nn.functional.cross_entropy(self.head(z.detach().to(self.head.weight.dtype)), y, reduction="sum")
         return losses.sum() + head, y.new_tensor(len(y))

@@ -129,6 +129,6 @@ class ClassQueue(nn.Module):
         noise = torch.rand(classes, size, generator=generator).to(self.vectors.device)
         there = torch.arange(size, device=self.vectors.device) < self.count[:, None]
         chosen = noise.masked_fill(~there, -1).topk(k, dim=1).indices
-        means = self.vectors.gather(1, chosen[..., None].expand(-1, -1, self.vectors.shape[-1])).mean(1)
+        means = self.vectors[torch.arange(classes, device=chosen.device)[:, None], chosen].mean(1)
         enough = self.count >= k
         return means.masked_fill(~enough[:, None], 0.0), enough

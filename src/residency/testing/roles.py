@@ -574,6 +574,156 @@ class LabelLossCase(Case):
             raise AssertionError("3 rows of logits were matched with 5 labels")
 
 
+class FeatureLossCase(Case):
+    """An objective over an encoder's features [B, D] and labels [B], perhaps with a memory of what it has seen."""
+
+    role = "Objective"
+    in_batch: ClassVar[bool] = True
+    """Whether rows are contrasted with others of their batch: then another cut of a step is another loss, and the suite
+    checks that this is so instead of the opposite.
+    """
+
+    def objective(self) -> Any:
+        """A fresh objective for three classes and five features, in float64."""
+        raise NotImplementedError("abstract: the objective")
+
+    def reference(self, objective: Any, features: Any, labels: Any) -> float:
+        """The sum over rows, written independently; the objective has begun its epoch and seen no batch."""
+        raise NotImplementedError("abstract: the reference")
+
+    def problem(self, rows: int = 12) -> tuple[Any, Any]:
+        """Features and labels; every class has several rows."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((rows, 5), generator=generator, dtype=torch.float64), torch.arange(rows) % 3
+
+    def batch(self, features: Any, labels: Any) -> dict[str, Any]:
+        """A batch of these rows, as `views.collate_views` makes them."""
+        import torch
+
+        clean = torch.zeros(len(labels), dtype=torch.bool)
+        return {"labels": labels, "rows": torch.arange(len(labels)), "clean": clean, "strong": features.detach()}
+
+    def begun(self, features: Any, labels: Any, epoch: int = 0) -> tuple[Any, Any]:
+        """An objective that has prepared an epoch over these rows, and the rows it chose."""
+        import torch
+
+        from residency.objective import Outputs
+
+        objective = self.objective()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            chosen = objective.begin_epoch(
+                epoch, 4, lambda: iter([(Outputs(features=features.detach()), self.batch(features, labels))])
+            )
+        return objective, chosen
+
+    def _value(self, objective: Any, features: Any, labels: Any) -> tuple[Any, int]:
+        import torch
+
+        from residency.objective import Outputs
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            total, count = objective(Outputs(features=features), self.batch(features, labels))
+        return total, int(count)
+
+    def check_reference(self) -> None:
+        """The sum equals an independent implementation; the count is the number of rows, known beforehand."""
+        features, labels = self.problem()
+        objective, _ = self.begun(features, labels)
+        expected = self.reference(objective, features, labels)
+        total, count = self._value(objective, features, labels)
+        total = total.detach()
+        assert abs(float(total) - expected) <= 1e-8 * max(1.0, abs(expected)), f"{float(total)} against {expected}"
+        assert count == len(labels) == objective.count(self.batch(features, labels))
+
+    def check_order(self) -> None:
+        """The order of a batch's rows does not matter."""
+        import torch
+
+        features, labels = self.problem()
+        order = torch.tensor([3, 11, 0, 7, 1, 10, 5, 2, 8, 4, 9, 6])
+        (a, _), (b, _) = self.begun(features, labels), self.begun(features, labels)
+        whole, shuffled = self._value(a, features, labels)[0], self._value(b, features[order], labels[order])[0]
+        torch.testing.assert_close(shuffled, whole)
+
+    def check_cutting_a_step(self) -> None:
+        """Counts of parts add up, and so do sums, unless the case declares that rows see their batch: then not."""
+        import torch
+
+        features, labels = self.problem()
+        whole, count = self._value(self.begun(features, labels)[0], features, labels)
+        rows = range(len(labels))
+        parts = [self._value(self.begun(features, labels)[0], features[i : i + 1], labels[i : i + 1]) for i in rows]
+        assert sum(c for _, c in parts) == count
+        added = torch.stack([p for p, _ in parts]).sum()
+        same = bool((added - whole).abs() <= 1e-9 * whole.abs())
+        assert same != self.in_batch, f"parts add up to {float(added)}, the whole is {float(whole)}"
+
+    def check_gradients(self) -> None:
+        """Every row's features get a gradient, every trained parameter of the objective too, and nothing else."""
+        features, labels = self.problem()
+        objective, _ = self.begun(features, labels)
+        features.requires_grad_(True)
+        self._value(objective, features, labels)[0].backward()
+        assert features.grad is not None
+        assert features.grad.norm(dim=1).min() > 0
+        without = [
+            n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+        ]
+        assert not without, f"no gradient: {without}"
+        assert not any(b.requires_grad for b in objective.buffers())
+
+    def check_extremes(self) -> None:
+        """No rows give (0, 0); half precision, equal rows, rows of length 0 and of 1e4 stay finite."""
+        import torch
+
+        features, labels = self.problem()
+        total, count = self._value(self.begun(features, labels)[0], features[:0], labels[:0])
+        assert float(total.detach()) == 0.0
+        assert count == 0
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for scale, shift in ((1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1e4, 0.0)):
+                z = (features * scale + shift).to(dtype)
+                objective, _ = self.begun(z, labels)
+                objective = objective.float()
+                z.requires_grad_(True)
+                total, _ = self._value(objective, z, labels)
+                total.backward()
+                assert torch.isfinite(total), f"{dtype}, {scale} z + {shift}: {total}"
+                assert z.grad is not None
+                assert torch.isfinite(z.grad).all(), f"{dtype}, {scale} z + {shift}: the gradient is not finite"
+
+    def check_rows_of_an_epoch(self) -> None:
+        """An epoch has as many different rows as announced, or all."""
+        features, labels = self.problem()
+        for epoch in range(4):
+            objective, chosen = self.begun(features, labels, epoch)
+            expected = objective.rows_per_epoch(len(labels))
+            if chosen is None:
+                assert expected == len(labels)
+            else:
+                assert len(chosen) == len(set(chosen)) == expected
+                assert all(0 <= i < len(labels) for i in chosen)
+
+    def check_state(self) -> None:
+        """All it remembers is in its state: a copy goes on with the same values, and the shapes do not change."""
+        import torch
+
+        features, labels = self.problem()
+        one, other = self.begun(features, labels)[0], self.objective()
+        shapes = {n: t.shape for n, t in other.state_dict().items()}
+        for start in (0, 4):
+            self._value(one, features[start : start + 4], labels[start : start + 4])
+        other.load_state_dict(one.state_dict())
+        for start in (8, 2):
+            part = features[start : start + 4], labels[start : start + 4]
+            torch.testing.assert_close(self._value(other, *part)[0], self._value(one, *part)[0], rtol=0, atol=0)
+        assert {n: t.shape for n, t in one.state_dict().items()} == shapes
+
+
 class PredictorCase(Case):
     """A head fitted on frozen features."""
 
