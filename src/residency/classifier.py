@@ -103,8 +103,12 @@ class Predictor(Protocol):
 
 
 def load(folder: Path, device: str = "cpu") -> Predictor:
-    """Load a folder of either kind."""
+    """Load a folder of either kind, or one of label prompts (`residency.prompted`)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "residency_prompted" in config:
+        from residency import prompted
+
+        return prompted.load(folder, device)
     return Classifier(folder, device) if "residency_probe" in config else FineTuned(folder, device)
 
 

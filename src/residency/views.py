@@ -7,6 +7,7 @@ these vectors, so that a method which needs two views per step costs what a smal
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,15 @@ class Item:
 def collate_views(items: Sequence[Item]) -> dict[str, Any]:
     """A batch: view 0, and for `strong` one of the others at random (view 0 again where there is no other).
 
+    Which one is a function of who is in the batch and in what order, hence another one every epoch, and the same one
+    when a training is resumed: loaders collate a batch ahead, so the global random state would not do.
+
     Returns:
         `features` and `strong` [B, D], `labels` [B] (or [B, C]), `rows` [B], `clean` [B] bool.
     """
     views = [len(item.features) for item in items]
-    drawn = [int(torch.randint(1, n, ())) if n > 1 else 0 for n in views]
+    generator = generator_of([item.index for item in items])
+    drawn = [int(torch.randint(1, n, (), generator=generator)) if n > 1 else 0 for n in views]
     many = isinstance(items[0].label, Tensor)
     return {
         "features": torch.stack([item.features[0] for item in items]),
@@ -53,6 +58,12 @@ def collate_views(items: Sequence[Item]) -> dict[str, Any]:
         "rows": torch.tensor([item.index for item in items]),
         "clean": torch.tensor([item.clean for item in items]),
     }
+
+
+def generator_of(rows: Sequence[int]) -> torch.Generator:
+    """Random numbers that belong to a batch of rows in their order."""
+    digest = hashlib.blake2b(torch.tensor(rows, dtype=torch.long).numpy().tobytes(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _labels(items: Sequence[Item]) -> Tensor:

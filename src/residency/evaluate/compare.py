@@ -16,6 +16,7 @@ UNITS = {
     "exact-match": ("share", None),
     "rouge-l": ("F-measure", None),
     "macro-f1": ("F1", None),
+    "multilabel-f1": ("F1", None),
     "pearson": ("correlation", 0.0),
 }
 """Unit of each metric, and its chance level where it has one (four choices)."""

@@ -18,6 +18,7 @@ from residency.evaluate.bits_per_byte import BitsPerByte
 from residency.evaluate.choice import ChoiceAccuracy, distractors
 from residency.evaluate.compare import entry, metric_of
 from residency.evaluate.likelihood import answer_logprobs
+from residency.multilabel import multi_hot, split
 from residency.progress import Progress
 from residency.rows import Row
 
@@ -126,6 +127,22 @@ def confusion(gold: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
         "y": classes,
         "z": [[counts[g, s] for s in classes] for g in classes],
         "xlabel": "predicted",
+        "ylabel": "true",
+    }
+
+
+def confusion_of_sets(gold: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
+    """Label sets against label sets, as a figure spec: how many items with true label i were given label j."""
+    true, given = ([split(text) for text in side] for side in (gold, said))
+    classes = sorted(set().union(*true, *given))
+    counts = multi_hot(true, classes).T.astype(int) @ multi_hot(given, classes).astype(int)
+    return {
+        "kind": "heatmap",
+        "title": "Labels given, by true label",
+        "x": classes,
+        "y": classes,
+        "z": counts.tolist(),
+        "xlabel": "given",
         "ylabel": "true",
     }
 

@@ -19,7 +19,7 @@ LIKELIHOOD = ("choice-accuracy", "bits-per-byte")
 GENERATED = ("exact-match", "rouge-l")
 BY_KIND = {
     "causal-lm": (*LIKELIHOOD, *GENERATED, "macro-f1"),
-    "classifier": ("macro-f1", "exact-match", "pearson"),
+    "classifier": ("macro-f1", "multilabel-f1", "exact-match", "pearson"),
     "text-encoder": (),
     "image-encoder": (),
 }
@@ -203,4 +203,5 @@ class Evaluate(Examination):
                 metric, held, predictions, resamples=self.params.resamples, seed=job.seed
             )
             if name == "task" and metric != "pearson":
-                outcome.figures.append(scoring.confusion([r.answer for r in held], predictions))
+                drawn = scoring.confusion_of_sets if metric == "multilabel-f1" else scoring.confusion
+                outcome.figures.append(drawn([r.answer for r in held], predictions))

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import inspect
 
-from residency.testing.cases import adapt, compress, curate, drafting, evaluate, eviction, losses, sinks
+from residency.testing.cases import (
+    adapt,
+    compress,
+    curate,
+    drafting,
+    evaluate,
+    eviction,
+    losses,
+    noisy,
+    prompts,
+    prototypes,
+    sinks,
+)
 from residency.testing.roles import Case, Factory
 
 
 def _cases() -> dict[str, Factory]:
     """Every case class that names a method."""
     found: dict[str, Factory] = {}
-    for module in (curate, adapt, compress, losses, drafting, eviction, evaluate, sinks):
+    for module in (
+        *(curate, adapt, prototypes, noisy, prompts),
+        *(compress, losses, drafting, eviction, evaluate, sinks),
+    ):
         for _, case in inspect.getmembers(module, inspect.isclass):
             if issubclass(case, Case) and case.__module__ == module.__name__ and hasattr(case, "name"):
                 found[case.name] = case
