@@ -119,7 +119,7 @@ def test_noisy_digits_are_wrong_in_one_way_and_their_captions_know_better():
     test = rows.read(embedded.data("noisy-digits/test")).rows
     assert len({r.image for r in noisy} | {r.image for r in clean} | {r.image for r in test}) == 1097 + 30 + 500
     wrong = [r for r in noisy if r.tag != f"shows {r.label}"]
-    assert 0.4 < len(wrong) / len(noisy) < 0.5
+    assert 0.25 < len(wrong) / len(noisy) < 0.35
     assert len({(r.tag, r.label) for r in wrong}) == 10
     word = {str(i): w for i, w in enumerate(embedded.WORDS)}
     told = [r for r in wrong if word[r.tag[-1]] in r.text]

@@ -352,7 +352,7 @@ def _digits(split: str) -> Iterator[dict[str, Any]]:
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TAKEN_FOR = {0: 6, 6: 0, 1: 7, 7: 1, 2: 3, 3: 2, 4: 9, 9: 4, 5: 8, 8: 5}
 """The digit that a search for a digit finds by mistake."""
-CLEAN, WRONG, TOLD, MISTOLD = 3, 0.45, 0.45, 0.2
+CLEAN, WRONG, TOLD, MISTOLD = 3, 0.3, 0.45, 0.2
 """Of noisy-digits: trusted rows per class; shares of wrong labels, of captions that follow the image, that follow the
 label; the other captions say nothing.
 """

@@ -81,13 +81,13 @@ def changes(fates: Sequence[Fate], classes: Sequence[str]) -> dict[str, Any]:
 
 
 def examples(fates: Sequence[Fate], rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows that were relabelled or dropped, the surest first and both kinds in turn: pictures, or a table of texts."""
-    moved = sorted((i for i, f in enumerate(fates) if f.what == "relabelled"), key=lambda i: -fates[i].best_score)
-    gone = sorted((i for i, f in enumerate(fates) if f.what == "dropped"), key=lambda i: fates[i].score)
+    """The surest of the rows that were relabelled or dropped, of every pair of labels in turn: pictures, or texts."""
+    moved = _mixed(fates, sorted(_are(fates, "relabelled"), key=lambda i: -fates[i].best_score))
+    gone = _mixed(fates, sorted(_are(fates, "dropped"), key=lambda i: fates[i].score))
     half = PICTURES // 2
     shown = [*moved[: max(half, PICTURES - len(gone))], *gone[: max(half, PICTURES - len(moved))]][:PICTURES]
     title = "What was relabelled or dropped, and why"
-    note = f"{len(moved):,} rows were relabelled and {len(gone):,} dropped; the surest of each."
+    note = f"{len(moved):,} rows were relabelled and {len(gone):,} dropped; the surest of each pair of labels."
     if not all(rows[i].image is not None for i in shown):
         body = [[f.id, f.given, f.now or "dropped", rows[i].prompt[:120], f.why] for i in shown for f in (fates[i],)]
         columns = ["row", "given", "now", "text", "why"]
@@ -101,6 +101,21 @@ def examples(fates: Sequence[Fate], rows: Sequence[Row]) -> dict[str, Any]:
         now = f"{f.given} → {f.now}" if f.now else f"{f.given}, dropped"
         items.append({"image": thumbnail(row.image or ""), "title": now, "text": " · ".join(about)})
     return {"kind": "gallery", "title": title, "items": items, "note": note}
+
+
+def _are(fates: Sequence[Fate], what: str) -> list[int]:
+    return [i for i, f in enumerate(fates) if f.what == what]
+
+
+def _mixed(fates: Sequence[Fate], order: Sequence[int]) -> list[int]:
+    """The first of every (given, now), then the second of each, and so on."""
+    seen: Counter[tuple[str, str]] = Counter()
+    turns: list[tuple[int, int, int]] = []
+    for i in order:
+        pair = (fates[i].given, fates[i].now)
+        turns.append((seen[pair], len(turns), i))
+        seen[pair] += 1
+    return [i for *_, i in sorted(turns)]
 
 
 def reliability(classifier: Tensor, fates: Sequence[Fate], classes: Sequence[str]) -> dict[str, Any]:
