@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
 import torch
+from stopping import StopAfter, Stopped
 
 from residency import train
 from residency.adapt.fopro import FoPro
 from residency.adapt.ledger import ledger
 from residency.adapt.momentum import Momentum
 from residency.objective import Outputs
-from residency.progress import Progress
 from residency.trainable import Adapter, ImageFeatures
 from residency.trainparams import TrainParams
 from residency.views import Item, collate_views
@@ -300,28 +299,6 @@ def NOWHERE():
     from pathlib import Path
 
     return Path(tempfile.mkdtemp())
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(Progress):
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def task(self, label, total):
-        @contextlib.contextmanager
-        def context():
-            def advance(n=1, note=""):
-                self.left -= n
-                if self.left < 0:
-                    raise Stopped
-
-            yield advance
-
-        return context()
 
 
 def fit(scratch, progress=None, params=PARAMS):
