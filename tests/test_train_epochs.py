@@ -101,7 +101,7 @@ def test_epochs_train_on_the_rows_chosen(tmp_path):
     assert objective.told == [(0, 3), (1, 3), (2, 3)]
     assert log.steps == 12  # 10 rows in batches of 3, three times
     for epoch in range(3):
-        mine = sorted(sum(objective.trained[4 * epoch : 4 * epoch + 4], []))
+        mine = sorted(row for batch in objective.trained[4 * epoch : 4 * epoch + 4] for row in batch)
         assert mine == sorted(objective.seen[epoch].topk(10).indices.tolist())
 
 
