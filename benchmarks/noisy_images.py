@@ -20,6 +20,7 @@ Then the price: the time of a step against plain cross-entropy with the same enc
     python benchmarks/noisy_images.py            # everything; results/noisy_images.json
     python benchmarks/noisy_images.py --quick    # a minute or two, writes nothing
     python benchmarks/noisy_images.py --only table|time
+    python benchmarks/noisy_images.py --show     # the results as Markdown
 
 Reads /usr/share/datasets/fashion-mnist, or $RESIDENCY_BENCH_DATA/fashion-mnist.
 """
@@ -651,13 +652,51 @@ def stepper(name: str, whole: bool) -> Callable[[], None]:
     return step
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of the documentation."""
+
+    def cell(runs: dict[str, Any] | None, key: str, sd: bool = True) -> str:
+        values = [100 * r[key] for r in (runs or {}).values() if key in r]
+        if not values:
+            return ""
+        mean = statistics.mean(values)
+        return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if sd and len(values) > 1 else f"{mean:.0f}"
+
+    lines = []
+    names = [c.name for c in CELLS if c.name in result["cells"]]
+    lines += ["| accuracy | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for arm in ARMS:
+        lines.append(f"| {arm} | " + " | ".join(cell(result["cells"][n].get(arm), "accuracy") for n in names) + " |")
+    lines += ["", "| distrusted: precision / recall; relabelled right | " + " | ".join(names) + " |"]
+    lines.append("| --- |" + " --- |" * len(names))
+    for arm in ("co-teaching", "confident learning", "SupCon", "FoPro", "CAPro", "CAPro, no text"):
+        found = []
+        for n in names:
+            runs = result["cells"][n].get(arm)
+            parts = [cell(runs, k, sd=False) for k in ("precision", "recall", "relabelled_right", "chosen_right")]
+            found.append(
+                f"{parts[0]} / {parts[1]}"
+                + (f"; {parts[2]}" if parts[2] else "")
+                + (f" ({parts[3]})" if parts[3] else "")
+            )
+        lines.append(f"| {arm} | " + " | ".join(found) + " |")
+    for encoder, arms in result.get("time", {}).items():
+        said = ", ".join(f"{a} {v['ms']:g} ms ({v['of cross-entropy']:g}×)" for a, v in arms.items())
+        lines += ["", f"{encoder}: {said}"]
+    return "\n".join([*lines, "", f"rates: {result['rates']}"])
+
+
 def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=("table", "time"))
+    parser.add_argument("--show", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "residency-noisy-images")
     given = parser.parse_args()
+    if given.show:
+        print(markdown(json.loads(OUT.read_text())))
+        return
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     result: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}

@@ -36,7 +36,7 @@ def collective(z: Tensor, keys: Tensor, opinions: Tensor) -> Tensor:
         [B, C]; a probability vector per row where opinions are.
     """
     with torch.autocast(z.device.type, enabled=False):
-        alike = (z.to(keys.dtype) @ keys.T).clamp_(-1, 1).add_(EPSILON)
+        alike = (z.to(keys.dtype) @ keys.T).clamp_(0, 1).add_(EPSILON)
         return (alike @ opinions.to(keys.dtype)) / alike.sum(1, keepdim=True)
 
 
