@@ -24,7 +24,7 @@ standard errors over episodes (each averaged over seeds), differences to the pro
 
 Descriptions are a fixed dictionary (DESCRIPTIONS), written from the labels' names, except that three sentences of
 `entartainment_casino` and of `staff_master` had been seen. The embedded SmolLM2-135M was asked first, and its answers
-are not usable (it describes `decor` by smartphones and `sport_pool` by a new car); they are scored as an ablation of
+are not usable ("nail curlers are hands down", a named restaurant for `food_food`); they are scored as an ablation of
 untrained prototypes. Test sentences are a fixed draw per aspect (`--pool`), because a prompt per (sentence, label) of
 all would take hours; standard errors therefore speak of episodes from these sentences and aspects, and of no others.
 Reads FewAsp (reviews from Yelp: research use) from ../shared/data or $RESIDENCY_BENCH_DATA.
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=50, help="training episodes")
     parser.add_argument("--episodes", type=int, default=250, help="test episodes of each setting")
     parser.add_argument("--pool", type=int, default=30, help="test sentences drawn for each aspect")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each variant; one takes half an hour in all")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--work", type=Path, default=None, help="keeps what is done, to go on from")
     parser.add_argument("--out", type=Path, default=None)
