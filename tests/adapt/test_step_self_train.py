@@ -84,3 +84,13 @@ def test_no_unlabelled_file_is_an_error_with_its_place(tmp_path):
     (tmp_path / "more.jsonl").unlink()
     with pytest.raises(ResidencyError, match=r"more\.jsonl"):
         planning.make(recipe.load(file))
+
+
+def test_label_sets_have_a_key_of_their_own(tmp_path):
+    file = prepared(tmp_path, "label-prompts")
+    several = [{"id": f"m{i}", "text": f"text number {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(12)]
+    write_jsonl(tmp_path / "examples.jsonl", several[:8])
+    write_jsonl(tmp_path / "test.jsonl", several[8:])
+    file.write_text(file.read_text().replace("macro-f1", "multilabel-f1"))
+    with pytest.raises(PlanError, match="one label per row"):
+        planning.make(recipe.load(file))

@@ -51,6 +51,11 @@ class SelfTrain(Step):
                 "`self-train` fits a head on an encoder again, and this model is fine-tuned as one piece",
                 hint="use tune: {method: probe}, spcl, fopro or capro before it",
             )
+        if state.metrics[:1] == ("multilabel-f1",):
+            raise PlanError(
+                "`self-train` gives one label per row, and the task has several",
+                hint="tune: {method: label-prompts, unlabelled: …, self-training: {rounds: 2}}",
+            )
         flops = state.model.flops_per_token() * (state.pool_rows + state.rows) * 200
         return Forecast(state, flops=flops, peak_bytes=8 * state.model.parameters, notes=(f"{state.pool_rows:,} rows",))
 

@@ -17,7 +17,7 @@ mean over rows is H. The survey prints Simpson's other half, the probability of 
 Papers: Shannon 1948; Rényi 1961; Simpson 1949; Pielou 1966; as data scores: survey 2408.02085, eq. 30, 32, 36-38; kNN_j
 of InstructionMining (Cao et al. 2023, arXiv 2307.06290). Official code: none for these.
 
-Cost: categories are linear. kNN_j is exact: N² D / 2 multiply-adds in float32 blocks, memory `block`² + N j, never
+Cost: categories are linear. kNN_j is exact: N² D / 2 multiply-adds in float32 blocks, memory block² + N j, never
 N × N; the distances returned are computed anew from the rows, so copies have distance 0. (Which of two rows is nearer
 is decided in float32: where both lie within about 3e-4 of the rows' length, the other may be taken.) 20,000 rows of
 384 take 6 s on one core.

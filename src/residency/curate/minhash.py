@@ -142,7 +142,7 @@ class MinHash(Params):
             texts: N texts.
 
         Returns:
-            [S] hashes and [N+1] bounds; the set of text i is `hashes[bounds[i]:bounds[i+1]]`.
+            [S] hashes and [N+1] bounds; the set of text i lies in hashes from bounds[i] to bounds[i+1].
 
         Raises:
             ValueError: When a single text was given.
