@@ -25,10 +25,7 @@ class LabelLoss(Objective):
     """
 
     wants = "logits"
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
+    per_row = True
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, rows)."""

@@ -95,13 +95,16 @@ class Objective(nn.Module):
         """Return the summed loss (scalar, with gradient) and the number of items it sums over (scalar)."""
         raise NotImplementedError("abstract: an Objective defines forward(outputs, batch)")
 
+    per_row: ClassVar[bool] = False
+    """Whether what is summed over are the rows of a batch, and not their trained tokens."""
+
     def count(self, batch: dict[str, Any]) -> int:
-        """How many items `forward` will sum over, known from the batch alone: by default, its trained tokens.
+        """How many items `forward` will sum over, known from the batch alone: its rows, or its trained tokens.
 
         The training loop adds this up over an optimiser step before the first forward pass, and divides every sum
         by it.
         """
-        return int((batch["labels"][:, 1:] != IGNORE).sum())
+        return len(batch["labels"]) if self.per_row else int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

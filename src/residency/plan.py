@@ -162,10 +162,10 @@ def make(recipe: Recipe) -> Plan:
                 ],
             ]
         )
-        pool_rows = sum(counts[f"{index}:{name}"][0] for name in pools)
+        sizes = {name: counts[f"{index}:{name}"][0] for name in pools}
         try:
             facts = {name: other.facts for name, other in others.items()}
-            forecast = entry.step.plan(replace(state, pool_rows=pool_rows, others=facts))
+            forecast = entry.step.plan(replace(state, source_rows=sizes, others=facts))
         except ResidencyError as error:
             raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
         nodes.append(

@@ -120,7 +120,7 @@ class State:
         rows: Number of rows the next training step would see.
         tokens_per_row: Rough mean, for the time estimate.
         test_rows, guard_rows: Number of rows of the examination.
-        pool_rows: Rows of the sources the step itself reads.
+        source_rows: Rows of each of the sources that the step itself reads.
         metrics: The task's metric, and the guard's if there is one.
         others: Facts of the further models that the step names in `bases`.
     """
@@ -130,9 +130,14 @@ class State:
     tokens_per_row: int = 100
     test_rows: int = 0
     guard_rows: int = 0
-    pool_rows: int = 0
+    source_rows: dict[str, int] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     others: dict[str, ModelFacts] = field(default_factory=dict)
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows of all sources together."""
+        return sum(self.source_rows.values())
 
 
 @dataclass(frozen=True)

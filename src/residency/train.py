@@ -104,7 +104,8 @@ def fit(
     if not items:
         raise DataError("there are no rows to train on", hint="check quarantine.jsonl for the reasons")
     collator = collator or partial(collate, pad=pad)
-    counts = [objective.count(collator([item])) for item in items]
+    # rows count as one each: no need to decode and change every picture for it
+    counts = [1] * len(items) if objective.per_row else [objective.count(collator([item])) for item in items]
     if empty := [getattr(item, "id", f"row {i}") for i, item in enumerate(items) if not counts[i]]:
         raise DataError(f"{len(empty)} rows train no token", where=empty[0], hint="every row needs an answer")
     precision = params.precision

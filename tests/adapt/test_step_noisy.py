@@ -250,7 +250,11 @@ def test_plan_and_rehearsal(tmp_path):
 
     facts = {k: bases.facts(base_folder(f"tiny-{k}-encoder")) for k in ("image", "text")}
     state = State(
-        model=facts["image"], rows=6, pool_rows=60, metrics=("macro-f1",), others={"text_encoder": facts["text"]}
+        model=facts["image"],
+        rows=6,
+        source_rows={"noisy": 60, "texts": 3},
+        metrics=("macro-f1",),
+        others={"text_encoder": facts["text"]},
     )
     forecast = capro().plan(state)
     assert forecast.after.model.kind == "classifier"

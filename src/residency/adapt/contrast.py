@@ -113,6 +113,7 @@ class SupCon(Objective):
     """
 
     wants = "features"
+    per_row = True
 
     def __init__(
         self,
@@ -124,10 +125,6 @@ class SupCon(Objective):
         super().__init__()
         self.temperature, self.reduce = temperature, reduce
         self.head = nn.Linear(width, classes)
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, rows)."""

@@ -31,14 +31,11 @@ class LinearLoss(Objective):
     """
 
     wants = "features"
+    per_row = True
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, classes)
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, rows)."""

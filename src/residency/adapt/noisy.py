@@ -93,6 +93,7 @@ class NoisyLabels(Objective):
     """
 
     wants = "features"
+    per_row = True
     phase: Tensor
     epoch: Tensor
     trace: Tensor
@@ -140,10 +141,6 @@ class NoisyLabels(Objective):
         self.register_buffer("trace", torch.zeros(TRACED, 3))
 
     # ------------------------------------------------------------------ the loop's calls
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
 
     def begin_step(self, step: int, steps: int) -> None:
         """The momentum copy follows the model."""

@@ -76,6 +76,7 @@ class SPCL(Objective):
     """
 
     wants = "features"
+    per_row = True
     trace: Tensor
     """[TRACED, 2] mean DIF of all rows, and of those chosen, at the start of every epoch; NaN where there was none."""
 
@@ -100,10 +101,6 @@ class SPCL(Objective):
         self.means = ClassBank(classes, width, normalise=False)
         self.queue = ClassQueue(classes, queue, width)
         self.register_buffer("trace", torch.full((TRACED, 2), torch.nan))
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
 
     def rows_per_epoch(self, rows: int) -> int:
         """Half of them, rounded up, unless there is no curriculum."""

@@ -52,7 +52,8 @@ class _TuneNoisy(Step):
                 f"max-tokens: {p.max_tokens}, but the encoder has {model.max_tokens} positions",
                 hint=f"max-tokens: {model.max_tokens} or less",
             )
-        every = replace(state, rows=state.rows + state.pool_rows)
+        noisy = state.source_rows.get("noisy", 0)
+        every = replace(state, rows=state.rows + noisy)
         seen = p.rows_seen(every)
         per_row = model.flops_per_token() * (200 if model.kind == "image-encoder" else state.tokens_per_row)
         looks = {"adapter": (1 + p.views) * every.rows, "encoder": 4 * seen + 2 * every.rows}[p.train]
@@ -61,7 +62,7 @@ class _TuneNoisy(Step):
             8 * model.parameters if p.train == "adapter" else 20 * model.parameters + activation_bytes(state, p.batch)
         )
         after = replace(state, model=replace(model, kind="classifier"))
-        notes = (f"{state.rows:,} trusted rows and {state.pool_rows:,} noisy ones",)
+        notes = (f"{state.rows:,} trusted rows and {state.source_rows.get('noisy', 0):,} noisy ones",)
         return Forecast(after, flops=per_row * looks + small, peak_bytes=peak, notes=notes)
 
     @abstractmethod
@@ -282,7 +283,7 @@ class TuneCAPro(_TuneNoisy):
                 hint="text-encoder: all-minilm-l6-v2, or a sentence encoder of your own",
             )
         forecast = super().plan(state)
-        captions = reader.flops_per_token() * 20 * state.pool_rows
+        captions = reader.flops_per_token() * 20 * state.source_rows.get("noisy", 0)
         return replace(forecast, flops=forecast.flops + captions)
 
     def objective(self, classes: int, width: int, network: nn.Module) -> NoisyLabels:

@@ -156,15 +156,12 @@ class HeadDistillation(Objective):
     """
 
     wants = "logits"
+    per_row = True
 
     def __init__(self, loss: Divergence, teacher: Any, label_weight: float = 0.0) -> None:
         super().__init__()
         self.loss, self.label_weight = loss, label_weight
         self._teacher = [teacher.requires_grad_(False).eval()]
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """One item per row."""
-        return len(batch["labels"])
 
     def forward(self, outputs: Outputs, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (loss sum, rows)."""
