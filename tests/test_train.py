@@ -12,6 +12,7 @@ from residency.errors import DataError, ResidencyError
 from residency.objective import IGNORE, Objective
 from residency.progress import Progress
 from residency.trainparams import TrainParams
+from stopping import StopAfter, Stopped
 
 EXACT = {"precision": "float32", "warmup": 0.0, "clip": 1e9}
 
@@ -81,31 +82,6 @@ def test_fused_and_dense_cross_entropy_give_one_gradient(tiny, tmp_path):
         torch.testing.assert_close(dense[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAt(Progress):
-    """Stops the training from outside after a number of steps, like a kill would."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def task(self, label, total):
-        import contextlib
-
-        @contextlib.contextmanager
-        def context():
-            def advance(n=1, note=""):
-                self.left -= n
-                if self.left <= 0:
-                    raise _Stop
-
-            yield advance
-
-        return context()
-
-
 def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -126,8 +102,8 @@ def test_resume_is_bit_exact_at_every_step(tiny, tmp_path, stop):
     torch.manual_seed(3)
     whole, log = fit(tmp_path / "whole")
     torch.manual_seed(3)
-    with pytest.raises(_Stop):
-        fit(tmp_path / "cut", _StopAt(stop + 1))
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", StopAfter(stop))
     torch.manual_seed(99)
     resumed, resumed_log = fit(tmp_path / "cut")
     assert resumed_log.resumed_from == stop
@@ -138,9 +114,9 @@ def test_resume_is_bit_exact_at_every_step(tiny, tmp_path, stop):
 def test_a_damaged_checkpoint_is_skipped_and_named(tiny, tmp_path):
     folder, tokenizer, items = tiny
     params = TrainParams(batch=4, max_steps=4, checkpoint_seconds=0, precision="float32")
-    with pytest.raises(_Stop):
+    with pytest.raises(Stopped):
         train.fit(
-            bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=_StopAt(3)
+            bases.load_causal_lm(folder), CrossEntropy(), items, params, pad=0, scratch=tmp_path, progress=StopAfter(2)
         )
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
     file = checkpoint / "model.safetensors"
@@ -257,7 +233,7 @@ def _fit_weighted(tiny, scratch, progress=None, **changed):
         train.fit(
             model, objective, items, params, pad=tokenizer.pad_token_id, scratch=scratch, progress=progress, **changed
         )
-    except _Stop:
+    except Stopped:
         return None
     return weights(model), objective
 
@@ -266,7 +242,7 @@ def test_an_objectives_own_parameters_and_buffers_are_trained_told_the_step_and_
     whole, objective = _fit_weighted(tiny, tmp_path / "whole")
     assert objective.told == [(i, 5) for i in range(5)]
     assert float(objective.factor) != 1.0
-    assert _fit_weighted(tiny, tmp_path / "cut", _StopAt(3)) is None
+    assert _fit_weighted(tiny, tmp_path / "cut", StopAfter(2)) is None
     again, resumed = _fit_weighted(tiny, tmp_path / "cut")
     assert resumed.told[0][0] in (2, 3)
     assert torch.equal(resumed.factor, objective.factor)

@@ -8,11 +8,11 @@ import torch
 from residency import train
 from residency.errors import ResidencyError
 from residency.objective import Objective
-from residency.progress import Progress
 from residency.sampler import LengthGrouped
 from residency.trainable import Adapter
 from residency.trainparams import TrainParams
 from residency.views import Item, collate_views
+from stopping import StopAfter, Stopped
 
 PARAMS = TrainParams(batch=3, epochs=3, checkpoint_seconds=0, precision="float32", learning_rate=1e-2)
 
@@ -61,30 +61,6 @@ class Half(Objective):
         self.trained.append(batch["rows"].tolist())
         logits = self.head(outputs.features)
         return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"), torch.tensor(len(logits))
-
-
-class Stopped(Exception):
-    """The kill."""
-
-
-class StopAfter(Progress):
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def task(self, label, total):
-        import contextlib
-
-        @contextlib.contextmanager
-        def context():
-            def advance(n=1, note=""):
-                self.left -= n
-                if self.left < 0:
-                    raise Stopped
-
-            yield advance
-
-        return context()
 
 
 def fit(scratch, progress=None, wrong=0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -13,10 +12,10 @@ from residency.adapt.contrast import SupCon
 from residency.adapt.difficulty import difficulties
 from residency.adapt.spcl import FLOOR, SPCL, spcl
 from residency.objective import Outputs
-from residency.progress import Progress
 from residency.trainable import Adapter
 from residency.trainparams import TrainParams
 from residency.views import Item, collate_views
+from stopping import StopAfter, Stopped
 
 
 def problem(b=8, classes=4, width=5, seed=0, dtype=torch.float64):
@@ -260,27 +259,6 @@ def test_half_precision_and_constant_features(dtype):
 # ------------------------------------------------------------------ in a training
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAt(Progress):
-    def __init__(self, at):
-        self.left = at
-
-    def task(self, label, total):
-        @contextlib.contextmanager
-        def context():
-            def advance(n=1, note=""):
-                self.left -= n
-                if self.left <= 0:
-                    raise _Stop
-
-            yield advance
-
-        return context()
-
-
 def gaussians(n=17, width=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 3
@@ -312,8 +290,8 @@ def test_a_killed_training_goes_on_exactly(tmp_path, curriculum, official, stop)
     steps = 5 if curriculum == "none" else 3
     assert log.steps == 3 * steps
     assert calls == [0, 1, 2]
-    with pytest.raises(_Stop):
-        fit(tmp_path / "cut", _StopAt(stop + 1), curriculum, official)
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", StopAfter(stop), curriculum, official)
     resumed, again, calls = fit(tmp_path / "cut", None, curriculum, official)
     assert again.resumed_from == stop
     assert calls == [e for e in range(3) if e * steps >= stop]  # the epoch under way is not begun again
