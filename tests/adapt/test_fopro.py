@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from stopping import StopAfter, Stopped
 
 from residency import train
 from residency.adapt.fopro import FoPro
@@ -16,6 +15,7 @@ from residency.objective import Outputs
 from residency.trainable import Adapter, ImageFeatures
 from residency.trainparams import TrainParams
 from residency.views import Item, collate_views
+from stopping import StopAfter, Stopped
 
 B, D, C = 8, 6, 4
 SMALL = {"project": 5, "middle": 7, "queue": 16}
