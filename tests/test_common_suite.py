@@ -6,7 +6,7 @@ import pytest
 
 from residency import catalog
 from residency.testing import case_of, check_method, checks_of
-from residency.testing.cases.curate import KShotCase
+from residency.testing.cases.selectors import KShotCase
 from residency.testing.cases.losses import KLCase
 
 ALL = [

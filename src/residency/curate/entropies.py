@@ -34,10 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from residency.curate.scoring import Array, Score
 from residency.curate.vendi import hill
-from residency.step import Params
-
-Array = NDArray[np.float64]
 
 
 def shares(categories: Sequence[Hashable] | Sequence[Sequence[Hashable]]) -> dict[Hashable, float]:
@@ -108,8 +106,11 @@ def evenness(categories: Sequence[Any], possible: int | None = None) -> float:
     return entropy(categories) / math.log(most) if most > 1 else math.nan
 
 
-class Rarity(Params):
+class Rarity(Score):
     """How rare a row's category is, or its tags are on average."""
+
+    needs = ("tags",)
+    alone = False
 
     def score(self, categories: Sequence[Any]) -> Array:
         """−log share of every row.
@@ -125,8 +126,11 @@ class Rarity(Params):
         return np.array([sum(row) / len(row) if row else math.nan for row in rows])
 
 
-class KNN(Params):
+class KNN(Score):
     """Distance of a row to its j-th nearest other row."""
+
+    needs = ("embeddings",)
+    alone = False
 
     neighbour: int = Field(1, ge=1)
     """j: 1 finds copies, about 6 measures how thin the data are around a row."""

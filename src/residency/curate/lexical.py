@@ -48,9 +48,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from residency.step import Params
+from residency.curate.scoring import Array, Score
 
-Array = NDArray[np.float64]
 BLOCK = 1 << 14
 """Tokens sorted at a time: few enough for the processor's cache, which makes it three times faster than all at once."""
 CHUNK = 64
@@ -188,8 +187,10 @@ class Tokens:
             low = high
 
 
-class Lexical(Params):
+class Lexical(Score):
     """What the measures share: texts → one column."""
+
+    needs = ("tokens",)
 
     def of(self, tokens: Tokens) -> Array:
         """The measure of tokenised texts.
@@ -202,9 +203,9 @@ class Lexical(Params):
         """
         raise NotImplementedError("a measure of lexical diversity computes `of(tokens)`")
 
-    def score(self, texts: Sequence[str]) -> Array:
-        """The measure of every text, [N]; several measures of the same texts share a `Tokens`, see `of`."""
-        return self.of(Tokens.of(texts))
+    def score(self, texts: Sequence[str] | Tokens) -> Array:
+        """The measure of every text, [N]; several measures of the same texts share a `Tokens`."""
+        return self.of(texts if isinstance(texts, Tokens) else Tokens.of(texts))
 
     def corpus(self, texts: Sequence[str]) -> float:
         """The measure of all texts read as one."""

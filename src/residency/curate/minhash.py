@@ -40,8 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from residency.curate.simdiv import Selection
-from residency.step import Params
+from residency.curate.scoring import Selection, Selector
 
 Hashes = NDArray[np.uint64]
 LEADERS = 8
@@ -51,7 +50,7 @@ BLOCK = 1 << 15
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NearDuplicates(Selection):
     """What is kept, and what it stands for.
 
@@ -66,8 +65,10 @@ class NearDuplicates(Selection):
     group: NDArray[np.int64]
 
 
-class MinHash(Params):
+class MinHash(Selector):
     """Near-duplicates by MinHash signatures and bands."""
+
+    needs = ("texts", "quality?")
 
     threshold: float = Field(0.8, gt=0, le=1)
     """Jaccard index from which two rows count as near-duplicates."""
@@ -133,7 +134,7 @@ class MinHash(Params):
             jaccard[i] = _jaccard(hashes, bounds, i, head)
             by = "" if jaccard[i] >= self.threshold else ", by way of others"
             reasons.append(f"dropped: near-duplicate (Jaccard {jaccard[i]:.2f}{by}) of row {head + 1}")
-        return NearDuplicates(np.flatnonzero(nearest == np.arange(len(root))), jaccard, reasons, nearest, group)
+        return NearDuplicates(np.flatnonzero(nearest == np.arange(len(root))), jaccard, reasons, nearest, group=group)
 
     def shingles(self, texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
         """Shingle sets as sorted 64-bit hashes.

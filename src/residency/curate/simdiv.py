@@ -23,33 +23,16 @@ Cost: one matrix product N × K, then C walked rows × N-blocks; memory O(N + C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from pydantic import Field
 
-from residency.step import Params
+from residency.curate.scoring import Budgeted, Selection
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What a selector returns.
-
-    Args:
-        indices: [n] pool rows kept, in the order in which they were chosen.
-        score: [N] similarity of every pool row to its nearest trusted row.
-        reasons: For every pool row, why it was kept or dropped.
-        nearest: [N] which trusted row it is nearest to.
-    """
-
-    indices: np.ndarray
-    score: np.ndarray
-    reasons: list[str]
-    nearest: np.ndarray
-
-
-class SimDiv(Params):
+class SimDiv(Budgeted):
     """Similarity first, diversity aware."""
+
+    needs = ("embeddings", "example_embeddings")
 
     keep: int = Field(1000, ge=1)
     """Rows to choose from the pool (the paper's C; the trusted rows come on top)."""

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -185,90 +184,6 @@ class PairLossCase(Case):
             assert torch.isfinite(total), f"{dtype}: {total}"
             assert student.grad is not None
             assert torch.isfinite(student.grad).all(), f"{dtype}: the gradient is not finite"
-
-
-class SelectorCase(Case):
-    """A selector over embeddings: pool [N, D] and trusted rows [K, D]."""
-
-    role = "Selector"
-
-    def select(self, pool: Any, examples: Any, **params: Any) -> Any:
-        """Run the selector with some parameters; returns its Selection."""
-        raise NotImplementedError("abstract: the selector")
-
-    def reference(self, pool: Any, examples: Any, **params: Any) -> list[int]:
-        """The chosen rows, by brute force."""
-        raise NotImplementedError("abstract: the reference")
-
-    everything: ClassVar[dict[str, Any]] = {}
-    """Parameters under which every row is kept."""
-    settings: ClassVar[tuple[dict[str, Any], ...]] = ()
-    """Parameters to try against the reference; consecutive ones must choose differently."""
-
-    def problem(self, n: int = 60, width: int = 5, seed: int = 0) -> tuple[Any, Any]:
-        """A pool with near-duplicates, and trusted rows."""
-        import numpy as np
-
-        rng = np.random.default_rng(seed)
-        pool = rng.standard_normal((n, width)).astype(np.float32)
-        pool[n // 2 :: 3] = pool[: len(pool[n // 2 :: 3])] + 0.05 * rng.standard_normal((len(pool[n // 2 :: 3]), width))
-        return pool, rng.standard_normal((3, width)).astype(np.float32)
-
-    def check_reference(self) -> None:
-        """The same rows in the same order as brute force, and every parameter changes something."""
-        pool, examples = self.problem()
-        found = []
-        for params in self.settings:
-            mine = self.select(pool, examples, **params).indices.tolist()
-            assert mine == self.reference(pool, examples, **params), f"with {params}"
-            found.append(mine)
-        assert all(a != b for a, b in pairwise(found)), "a parameter changed nothing"
-
-    def check_shape_of_the_answer(self) -> None:
-        """Indices are distinct and in range, every pool row has a reason, every score is finite."""
-        import numpy as np
-
-        pool, examples = self.problem()
-        for params in self.settings:
-            chosen = self.select(pool, examples, **params)
-            assert len(set(chosen.indices.tolist())) == len(chosen.indices)
-            assert all(0 <= i < len(pool) for i in chosen.indices)
-            assert len(chosen.reasons) == len(chosen.score) == len(pool)
-            assert all(chosen.reasons)
-            assert np.isfinite(chosen.score).all()
-
-    def check_deterministic_and_pure(self) -> None:
-        """The same call gives the same answer, the inputs and the global random state stay as they were."""
-        import numpy as np
-
-        pool, examples = self.problem()
-        before, state = pool.copy(), str(np.random.get_state())
-        a, b = (self.select(pool, examples, **self.settings[0]) for _ in range(2))
-        assert a.indices.tolist() == b.indices.tolist()
-        assert (pool == before).all()
-        assert str(np.random.get_state()) == state
-
-    def check_budget_of_everything(self) -> None:
-        """A budget of at least N rows with nothing forbidden keeps them all."""
-        pool, examples = self.problem()
-        assert sorted(self.select(pool, examples, **self.everything).indices.tolist()) == list(range(len(pool)))
-
-    def check_planted_rows_come_first(self) -> None:
-        """Copies of the trusted rows hidden in the pool are chosen before anything else."""
-        pool, examples = self.problem()
-        pool[[7, 30, 51]] = examples
-        assert set(self.select(pool, examples, **self.settings[0]).indices[:3].tolist()) == {7, 30, 51}
-
-    def check_bad_input(self) -> None:
-        """Rows that are not finite, widths that differ and missing trusted rows are refused."""
-        pool, examples = self.problem()
-        pool[4, 2] = float("nan")
-        for bad in ((pool, examples), (self.problem()[0], examples[:, :2]), (self.problem()[0], examples[:0])):
-            try:
-                self.select(*bad, **self.settings[0])
-            except ValueError:
-                continue
-            raise AssertionError(f"accepted shapes {bad[0].shape} and {bad[1].shape}")
 
 
 class MetricCase(Case):

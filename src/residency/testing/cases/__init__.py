@@ -7,14 +7,17 @@ import inspect
 from residency.testing.cases import (
     adapt,
     compress,
-    curate,
+    diversity,
     drafting,
     evaluate,
     eviction,
+    importance,
     losses,
     noisy,
     prompts,
     prototypes,
+    quality,
+    selectors,
     sinks,
 )
 from residency.testing.roles import Case, Factory
@@ -24,7 +27,8 @@ def _cases() -> dict[str, Factory]:
     """Every case class that names a method."""
     found: dict[str, Factory] = {}
     for module in (
-        *(curate, adapt, prototypes, noisy, prompts),
+        *(quality, diversity, importance, selectors),
+        *(adapt, prototypes, noisy, prompts),
         *(compress, losses, drafting, eviction, evaluate, sinks),
     ):
         for _, case in inspect.getmembers(module, inspect.isclass):

@@ -1,0 +1,105 @@
+"""Metrics and diagnostics: the methods and recipe steps of the stage `evaluate`."""
+
+from __future__ import annotations
+
+from residency.catalog.rows import Method, StepRow
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="attention-sinks",
+        stage="evaluate",
+        role="Diagnostic",
+        title="Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs",
+        arxiv="2410.13835",
+        reference="Guo, Pai, Bai, Jiao, Jordan, Mei, NeurIPS 2024 workshop M3L",
+        object="residency.evaluate.sinks:SinkProbe",
+        step="sinks: {rows: 16}",
+        pain="My cache eviction or my int8 activations break the model and I do not see why",
+    ),
+    Method(
+        name="choice-accuracy",
+        stage="evaluate",
+        role="Metric",
+        title="Surface Form Competition: Why the Highest Probability Answer Isn't Always Right",
+        arxiv="2104.08315",
+        reference="Holtzman, West, Shwartz et al., EMNLP 2021 (domain-conditional PMI)",
+        object="residency.evaluate.choice:ChoiceAccuracy",
+        step="task: {metric: choice-accuracy}",
+        pain="Accuracy by plain likelihood rewards short, generic answers",
+    ),
+    Method(
+        name="bits-per-byte",
+        stage="evaluate",
+        role="Metric",
+        title="The Pile: An 800GB Dataset of Diverse Text for Language Modeling",
+        arxiv="2101.00027",
+        reference="Gao, Biderman, Black et al., 2020 (section 3.1)",
+        object="residency.evaluate.bits_per_byte:BitsPerByte",
+        step="task: {metric: bits-per-byte}",
+        pain="Perplexities of two tokenizers cannot be compared",
+    ),
+    Method(
+        name="exact-match",
+        stage="evaluate",
+        role="Metric",
+        title="SQuAD: 100,000+ Questions for Machine Comprehension of Text",
+        arxiv="1606.05250",
+        reference="Rajpurkar, Zhang, Lopyrev, Liang, EMNLP 2016 (normalised exact match)",
+        object="residency.evaluate.exact_match:ExactMatch",
+        step="task: {metric: exact-match}",
+        pain="My answers are short and have one right form",
+    ),
+    Method(
+        name="rouge-l",
+        stage="evaluate",
+        role="Metric",
+        title="ROUGE: A Package for Automatic Evaluation of Summaries",
+        arxiv=None,
+        reference="Lin, ACL Workshop 2004 (W04-1013)",
+        object="residency.evaluate.rouge_l:RougeL",
+        step="task: {metric: rouge-l}",
+        pain="My answers are free text with a reference",
+    ),
+    Method(
+        name="macro-f1",
+        stage="evaluate",
+        role="Metric",
+        title="A comparison of event models for naive Bayes text classification; RCV1",
+        arxiv=None,
+        reference="Lewis, Yang, Rose, Li, JMLR 2004 (macro-averaged F1)",
+        object="residency.evaluate.macro_f1:MacroF1",
+        step="task: {metric: macro-f1}",
+        pain="Rare classes count as much as common ones",
+    ),
+    Method(
+        name="multilabel-f1",
+        stage="evaluate",
+        role="Metric",
+        title="RCV1: A New Benchmark Collection for Text Categorization Research",
+        arxiv=None,
+        reference="Lewis, Yang, Rose, Li, JMLR 2004 (macro-averaged F1 of label sets)",
+        object="residency.evaluate.multilabel_f1:MultilabelF1",
+        step="task: {metric: multilabel-f1}",
+        pain="My rows have several labels, and the rare ones count as much",
+    ),
+    Method(
+        name="pearson",
+        stage="evaluate",
+        role="Metric",
+        title="SemEval-2017 Task 1: Semantic Textual Similarity Multilingual and Crosslingual Focused Evaluation",
+        arxiv="1708.00055",
+        reference="Cer, Diab, Agirre et al., 2017 (Pearson correlation)",
+        object="residency.evaluate.pearson:Pearson",
+        step="task: {metric: pearson}",
+        pain="My labels are numbers",
+    ),
+)
+
+STEPS: tuple[StepRow, ...] = (
+    StepRow(
+        "sinks",
+        "residency.evaluate.step_sinks:Sinks",
+        summary="where attention rests, and what the first token is worth",
+    ),
+    StepRow("evaluate", "residency.evaluate.steps:Evaluate", summary="how the base and every model are examined"),
+)
