@@ -20,8 +20,9 @@ class RowsCase(Case):
     @property
     def params(self) -> Any:
         """The method's class is its parameter model."""
-        assert self.row is not None, "a case without a catalogue row says itself what `params` is"
-        return self.row.load()
+        from residency import catalog
+
+        return catalog.method(self.name).load()
 
     def problem(self, seed: int = 0) -> tuple[Any, ...]:
         """The inputs of the method, in the order of its `needs`."""
