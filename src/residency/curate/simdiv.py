@@ -26,7 +26,17 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from residency.curate.scoring import Budgeted, Selection
+from residency.curate.scoring import Array, Budgeted, Score, Selection
+
+
+class Similarity(Score):
+    """Cosine of a row with its nearest trusted row (s_j above)."""
+
+    needs = ("embeddings", "example_embeddings")
+
+    def score(self, pool: np.ndarray, examples: np.ndarray, block: int = 65_536) -> Array:
+        """See `similarity`; [N]."""
+        return similarity(pool, examples, block)[0].astype(float)
 
 
 class SimDiv(Budgeted):
@@ -55,22 +65,7 @@ class SimDiv(Budgeted):
         Raises:
             ValueError: When there are no trusted rows, or widths differ, or a row is not finite.
         """
-        if examples.ndim != 2 or pool.ndim != 2 or not len(examples):
-            raise ValueError("Sim-Div needs [N, D] pool embeddings and at least one trusted row [K, D]")
-        if pool.shape[1] != examples.shape[1]:
-            raise ValueError(f"pool rows have width {pool.shape[1]}, trusted rows {examples.shape[1]}")
-        trusted = _unit(np.asarray(examples, np.float32))
-        score = np.empty(len(pool), np.float32)
-        nearest = np.empty(len(pool), np.int64)
-        for start in range(0, len(pool), block):
-            part = _unit(np.asarray(pool[start : start + block], np.float32)) @ trusted.T
-            nearest[start : start + block] = part.argmax(1)
-            score[start : start + block] = part.max(1)
-        if not np.isfinite(score).all():
-            raise ValueError(
-                f"pool row {int(np.flatnonzero(~np.isfinite(score))[0])} has an embedding that is not finite"
-            )
-
+        score, nearest = similarity(pool, examples, block)
         order = np.argsort(-score, kind="stable")
         limit = len(pool) if self.candidates is None else min(self.candidates, len(pool))
         reasons = [""] * len(pool)
@@ -99,6 +94,36 @@ class SimDiv(Budgeted):
         for rank, row in enumerate(order[walked:], walked + 1):
             reasons[row] = f"dropped: similarity {score[row]:.2f} ranks {rank:,} of {len(pool):,}, budget spent"
         return Selection(np.array(chosen, np.int64), score, reasons, nearest)
+
+
+def similarity(pool: np.ndarray, examples: np.ndarray, block: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine of every pool row with its nearest trusted row.
+
+    Args:
+        pool: [N, D] embeddings, any scale.
+        examples: [K, D] embeddings of the trusted rows.
+        block: Pool rows per matrix product.
+
+    Returns:
+        [N] cosines and [N] which trusted row it is.
+
+    Raises:
+        ValueError: When there are no trusted rows, or widths differ, or a row is not finite.
+    """
+    if examples.ndim != 2 or pool.ndim != 2 or not len(examples):
+        raise ValueError("Sim-Div needs [N, D] pool embeddings and at least one trusted row [K, D]")
+    if pool.shape[1] != examples.shape[1]:
+        raise ValueError(f"pool rows have width {pool.shape[1]}, trusted rows {examples.shape[1]}")
+    trusted = _unit(np.asarray(examples, np.float32))
+    score = np.empty(len(pool), np.float32)
+    nearest = np.empty(len(pool), np.int64)
+    for start in range(0, len(pool), block):
+        part = _unit(np.asarray(pool[start : start + block], np.float32)) @ trusted.T
+        nearest[start : start + block] = part.argmax(1)
+        score[start : start + block] = part.max(1)
+    if not np.isfinite(score).all():
+        raise ValueError(f"pool row {int(np.flatnonzero(~np.isfinite(score))[0])} has an embedding that is not finite")
+    return score, nearest
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
