@@ -10,4 +10,5 @@ STEPS: tuple[StepRow, ...] = (
     StepRow(
         "curate", "residency.curate.steps:CurateByKShot", "by", "k-shot", "let the trusted rows choose from a pool"
     ),
+    StepRow("curate", "residency.curate.steps:CurateByFilter", "by", "filter", "keep the rows that meet a condition"),
 )

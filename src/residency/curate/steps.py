@@ -1,216 +1,326 @@
-"""Recipe step of the curate stage: `curate: {by: k-shot}`."""
+"""The recipe step of the curate stage: `curate: {by: …}`, one class per selector, all of them this one.
+
+    pool ─► chunks on disk ─► measure (embeddings, scores alone) ─► scores over the pool ─► filter ─► select ─► rows
+
+Measuring goes chunk by chunk and each finished chunk is kept, so a killed step goes on where it was; with `scale: ray`
+the chunks are measured by the workers of a cluster. What is chosen does not depend on where it was measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import create_model
 
-from residency.curate.simdiv import SimDiv
+from residency import catalog
+from residency.curate.budget import rows_of
+from residency.curate.choosing import choose
+from residency.curate.measuring import EMBEDDINGS, GRADIENTS, TOKENS, Measurer, Supply, Work, tags_of, texts_of
+from residency.curate.params import Curating, CuratingSome
+from residency.curate.pool import Pool
+from residency.curate.scoring import Budgeted, Selection, Selector
 from residency.errors import DataError, PlanError
 from residency.step import Forecast, Job, Outcome, State, Step
 
 if TYPE_CHECKING:
-    from residency.rows import Refused, Row
+    import numpy as np
 
-MAP_POINTS = 5_000
-TABLE_ROWS = 2_000
+    from residency.rows import Row
 
-
-class CurateByKShotParams(SimDiv):
-    """Keys of `curate: {by: k-shot}`."""
-
-    pool: str
-    """The rows to choose from: a file, a `datasets` folder, or `embedded:NAME`."""
-    encoder: str = "all-minilm-l6-v2"
-    """Sentence encoder: an embedded base, a local folder, or a hub id (mean pooling)."""
-    batch: int = Field(64, ge=1)
-    """Texts per forward pass of the encoder."""
+MODELS = {
+    "embeddings": "encoder",
+    "example_embeddings": "encoder",
+    "reading": "reader",
+    "gradients": "reader",
+    "example_gradients": "reader",
+}
+"""Input → which model makes it."""
 
 
-class CurateByKShot(Step):
-    """Embed the trusted rows and the pool, choose by Sim-Div, hand on trusted rows + chosen rows."""
+class Curate(Step):
+    """Choose rows from a pool (or among those at hand); trusted rows stay in any case.
 
-    Params = CurateByKShotParams
-    params: CurateByKShotParams
-    reads = frozenset({"rows"})
+    Class attributes:
+        by: Name of the selector in the recipe.
+        selector: Its class; None keeps everything that passes the filter.
+    """
+
+    by: ClassVar[str]
+    selector: ClassVar[type[Selector] | None]
     gives = frozenset({"rows"})
+    params: Curating
 
     @property
-    def method(self) -> str:
+    def method(self) -> str | None:
         """See `Step.method`."""
-        return "k-shot"
+        return self.by if self.selector else None
 
     @property
     def title(self) -> str:
         """See `Step.title`."""
-        return f"curate · {self.params.keep:,} by k-shot"
+        keep = getattr(self.params, "keep", None)
+        amount = f"{keep:,} " if isinstance(keep, int) else f"{keep} " if keep else ""
+        return f"curate · {amount}by {self.by}"
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        """See `Step.reads`: the rows, and what this choice of scores and selector asks for."""
+        ports = {"rows"} if self.params.pool else {"rows", "examples"}
+        if ("reader" in self._models and self.params.reader is None) or self._in_tokens:
+            ports.add("model")
+        return frozenset(ports)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of all inputs of the scores and the selector."""
+        asked = [n for _, score in self.params.loaded for n in score.needs]
+        asked += [n for n in (self.selector.needs if self.selector else ()) if n != "example_embeddings?"]
+        return frozenset(n.removesuffix("?") for n in asked)
+
+    @property
+    def _models(self) -> frozenset[str]:
+        return frozenset(MODELS[n] for n in self.needs if n in MODELS)
+
+    @property
+    def _in_tokens(self) -> bool:
+        return str(getattr(self.params, "keep", "")).endswith("tokens")
 
     def sources(self) -> dict[str, str]:
         """See `Step.sources`."""
-        return {"pool": self.params.pool}
+        return {"pool": self.params.pool} if self.params.pool else {}
 
     def bases(self) -> dict[str, str]:
         """See `Step.bases`."""
-        return {"encoder": self.params.encoder}
+        named = {"encoder": self.params.encoder, "reader": self.params.reader}
+        return {name: ref for name, ref in named.items() if name in self._models and ref}
 
-    def tiny(self) -> CurateByKShot:
+    def tiny(self) -> Curate:
         """See `Step.tiny`."""
-        return CurateByKShot(
-            self.params.model_copy(update={"keep": 8, "near_duplicates": 1.0, "encoder": "tiny-text-encoder"})
-        )
-
-    def _fresh(self, pool: Iterator[Row], examples: list[Row], refused: list[Refused]) -> Iterator[Row]:
-        """Pool rows that are not trusted rows themselves, with ids that no trusted row has."""
-        from residency.rows import Refused
-
-        known, ids = {row.key(): row.id for row in examples}, {row.id for row in examples}
-        for row in pool:
-            if (key := row.key()) in known:
-                reason = f"the same row as the trusted row {known[key]}"
-                refused.append(Refused(row.source, row.line, reason, row.prompt[:200]))
-            else:
-                yield replace(row, id=f"pool:{row.id}") if row.id in ids else row
+        smaller: dict[str, Any] = {"encoder": "tiny-text-encoder"}
+        smaller |= {"reader": "tiny-llama"} if self.params.reader else {}
+        if hasattr(self.params, "keep"):
+            smaller["keep"] = 8
+        if self.by == "k-shot":
+            smaller["near_duplicates"] = 1.0
+        return type(self)(self.params.model_copy(update=smaller))
 
     def plan(self, state: State) -> Forecast:
         """See `Step.plan`."""
-        encoder = state.others["encoder"]
-        if encoder.kind != "text-encoder":
-            raise PlanError(
-                f"curating needs a text-encoder, and `{self.params.encoder}` is a {encoder.kind}",
-                hint="encoder: all-minilm-l6-v2, or a sentence encoder of your own",
-            )
-        work = 2 * (encoder.parameters - encoder.hidden * encoder.vocabulary)
-        after = replace(state, rows=state.rows + min(self.params.keep, state.pool_rows))
-        notes = (f"{state.pool_rows:,} pool rows → {min(self.params.keep, state.pool_rows):,}",)
-        flops = work * (state.pool_rows + state.rows) * min(256, state.tokens_per_row)
-        return Forecast(after, flops=flops, seconds=5, peak_bytes=(400 << 20) + 800 * state.pool_rows, notes=notes)
+        p = self.params
+        if self.selector is None and p.filter is None:
+            raise PlanError("`by: filter` has nothing to filter by", hint="filter: 'length > 20', or another `by`")
+        if "quality" in self._required:
+            self._quality_text()
+        for name, kind, known in (
+            ("encoder", "text-encoder", "all-minilm-l6-v2"),
+            ("reader", "causal-lm", "smollm2-135m-instruct"),
+        ):
+            if name in self._models:
+                facts = state.others.get(name, state.model)
+                if facts.kind != kind:
+                    ref = getattr(p, name) or "the model at this point"
+                    raise PlanError(
+                        f"curating needs a {kind}, and `{ref}` is a {facts.kind}",
+                        hint=f"{name}: {known}, or one of your own",
+                    )
+        pool = state.pool_rows if p.pool else state.rows
+        kept = min(pool, rows_of(getattr(p, "keep", "100%"), pool) or pool)
+        after = replace(state, rows=(state.rows if p.pool else 0) + kept)
+        flops, tokens = 0.0, min(256, state.tokens_per_row) * (pool + state.rows)
+        if "encoder" in self._models:
+            encoder = state.others["encoder"]
+            flops += 2.0 * (encoder.parameters - encoder.hidden * encoder.vocabulary) * tokens
+        if "reader" in self._models:
+            flops += state.others.get("reader", state.model).flops_per_token() * tokens * self._passes
+        notes = (f"{pool:,} pool rows → {'at most ' if kept == pool else ''}{kept:,}",)
+        return Forecast(after, flops=flops, seconds=5, peak_bytes=(400 << 20) + 1600 * pool, notes=notes)
+
+    @property
+    def _required(self) -> tuple[str, ...]:
+        return self.selector.needs if self.selector else ()
+
+    @property
+    def _passes(self) -> float:
+        """Forward passes of the reader over the pool, about; a backward pass counts as two."""
+        return (1 if "reading" in self.needs else 0) + (3 if "gradients" in self.needs else 0)
+
+    def _quality_text(self) -> str | None:
+        """The formula the selector ranks by.
+
+        Raises:
+            PlanError: When it needs one and none can be told.
+        """
+        p = self.params
+        if p.quality is not None:
+            return p.quality
+        loaded = p.loaded
+        if len(loaded) == 1 and loaded[0][1].good != "middle":
+            column, score = loaded[0]
+            return column if score.good == "high" else f"-{column}"
+        if "quality" not in self._required:
+            return None
+        if not loaded:
+            raise PlanError(f"`by: {self.by}` ranks rows by a score, and none is named", hint="scores: [ifd]")
+        hint = "quality: 'percentile(" + loaded[0][0] + ")'; high is good, so put a minus before what is good when low"
+        raise PlanError(f"`by: {self.by}` ranks rows by one formula, and `quality` does not say which", hint=hint)
+
+    # ------------------------------------------------------------------ running
 
     def run(self, job: Job) -> Outcome:
         """See `Step.run`."""
         import numpy as np
 
-        from residency import encoders, rows
+        from residency import rows
+        from residency.curate.figures import figures
 
         p = self.params
-        examples = rows.load(job.rows)
-        encoder = encoders.load(job.base(p.encoder), job.device)
-        trusted = encoder.encode([r.content for r in examples], batch=p.batch)
-
-        # One pass over the pool: texts go by in chunks, only embeddings (float16, on disk), ids and excerpts stay.
-        kept_rows: list[rows.Row] = []
-        with (job.scratch / "embeddings.f16").open("wb") as file:
-            chunk: list[rows.Row] = []
-            with job.progress.task("embedding the pool", job.sizes.get("pool", 0)) as advance:
-                for row in self._fresh(job.stream("pool"), examples, job.quarantine):
-                    chunk.append(row)
-                    if len(chunk) == 2048:
-                        file.write(_embed(encoder, chunk, p.batch, advance))
-                        kept_rows += [_light(r) for r in chunk]
-                        chunk = []
-                if chunk:
-                    file.write(_embed(encoder, chunk, p.batch, advance))
-                    kept_rows += [_light(r) for r in chunk]
-        if not kept_rows:
+        trusted_file, candidates = (
+            (job.rows, job.stream("pool")) if p.pool else (job.examples, iter(rows.load(job.rows)))
+        )
+        trusted = rows.load(trusted_file)
+        pool = Pool.gather(_fresh(candidates, trusted, job, bool(p.pool)), job.scratch / "pool")
+        if not len(pool):
             raise DataError("the pool has no usable rows", where=p.pool, hint="see quarantine.jsonl for the reasons")
-        vectors = np.memmap(job.scratch / "embeddings.f16", np.float16, "r", shape=(len(kept_rows), trusted.shape[1]))
-        chosen = p.select(vectors, trusted)
 
-        wanted = {kept_rows[i].id: n for n, i in enumerate(chosen.indices)}
-        picked: list[rows.Row | None] = [None] * len(wanted)
-        # a second pass fetches the texts of the chosen, without writing its refusals to quarantine twice
-        for row in self._fresh(job.read("pool", []), examples, []):
-            if row.id in wanted:
-                picked[wanted[row.id]] = row
-        rows.write(job.out / "rows.jsonl", [*examples, *(r for r in picked if r is not None)])
+        loaded = p.loaded
+        alone = tuple(
+            w for w, (_, score) in zip(p.wanted, loaded, strict=True) if score.alone and "columns" not in score.needs
+        )
+        extras = tuple(
+            name
+            for name, wanted in (
+                (EMBEDDINGS, "embeddings" in self.needs),
+                (GRADIENTS, "gradients" in self.needs),
+                (TOKENS, self._in_tokens),
+            )
+            if wanted
+        )
+        encoder = job.base(p.encoder) if "encoder" in self._models else None
+        reader = job.base(p.reader) if p.reader else job.model
+        work = Work(alone, extras, trusted_file, encoder, reader, p.batch, job.device, job.seed)
+        measurer = Measurer(work)
+        measured = self._measure(job, work, measurer, pool)
+
+        columns = {w.column: measured[w.column] for w in alone}
+        supply = self._supply(pool, measured, measurer, columns)
+        rest = [(column, score) for column, score in loaded if column not in columns]
+        for column, score in sorted(rest, key=lambda each: "columns" in each[1].needs):
+            columns[column] = np.asarray(score.score(*supply.of(score.needs)), float)
+        columns = {column: columns[column] for column, _ in loaded}
+        known = {**columns, **pool.facts()}
+        chosen = choose(self.selector, p, self._quality_text(), known, supply, measured.get(TOKENS), job.seed)
+
+        picked = pool.take(chosen.indices.tolist())
+        rows.write(job.out / "rows.jsonl", [*trusted, *picked])
+        _write_scores(job.out / "scores.parquet", pool, columns, chosen)
         taken = set(chosen.indices.tolist())
         tags: dict[str, list[int]] = {}
-        for i, row in enumerate(kept_rows):
-            tags.setdefault(row.tag or "untagged", [0, 0])[0 if i in taken else 1] += 1
-        dropped = sum("near-duplicate" in reason for reason in chosen.reasons)
-        scores = chosen.score[chosen.indices]
+        for i, tag in enumerate(pool.tags):
+            tags.setdefault(tag or "untagged", [0, 0])[0 if i in taken else 1] += 1
+        missing = {column: int(np.isnan(values).sum()) for column, values in columns.items()}
         return Outcome(
             gives={"rows": "rows.jsonl"},
             summary={
-                "trusted": len(examples),
-                "pool": len(kept_rows),
+                "trusted": len(trusted),
+                "pool": len(pool),
                 "kept": len(chosen.indices),
-                "near_duplicates_dropped": dropped,
-                "lowest_similarity_kept": round(float(scores.min()), 4),
-                "median_similarity_kept": round(float(np.median(scores)), 4),
+                **{f"missing_{column}": n for column, n in missing.items() if n},
                 "quarantined": len(job.quarantine),
             },
-            figures=[
-                _map(kept_rows, vectors, trusted, examples, chosen, taken, job.seed),
-                _table(kept_rows, chosen, taken),
-                {
-                    "kind": "table",
-                    "title": "Where the kept rows come from",
-                    "columns": ["tag", "kept", "dropped"],
-                    "rows": [[t, k, d] for t, (k, d) in sorted(tags.items(), key=lambda e: -e[1][0])],
-                },
-            ],
-            extra={"tags": {t: {"kept": k, "dropped": d} for t, (k, d) in sorted(tags.items())}},
+            figures=figures(self.by, pool, columns, chosen, supply, trusted, {c: s.good for c, s in loaded}, job.seed),
+            extra={
+                "tags": {t: {"kept": k, "dropped": d} for t, (k, d) in sorted(tags.items())},
+                "scores": "scores.parquet",
+            },
         )
 
+    def _measure(self, job: Job, work: Work, measurer: Measurer, pool: Pool) -> dict[str, np.ndarray]:
+        """What is measured chunk by chunk, joined; embeddings as a memory map."""
+        from residency.curate.chunks import join, measure
 
-def _embed(encoder, chunk, batch, advance) -> bytes:
+        if not (work.scores or work.extras):
+            return {}
+        with job.progress.task("measuring the pool", len(pool)) as advance:
+            files = measure(
+                pool, work, measurer, job.scratch / "measured", self.params.scale, self.params.workers, advance
+            )
+        return join(files, job.scratch)
+
+    def _supply(self, pool: Pool, measured: dict[str, Any], measurer: Measurer, columns: dict[str, Any]) -> Supply:
+        """Inputs over the whole pool."""
+
+        def everything(name: str) -> Any:
+            return [value for rows in pool.chunks() for value in texts_of(rows)[name]()]
+
+        def tokens() -> Any:
+            from residency.curate.lexical import Tokens
+
+            return Tokens.of(supply["texts"])
+
+        makers: dict[str, Any] = {
+            name: (lambda name=name: everything(name)) for name in ("texts", "questions", "answers")
+        }
+        makers |= {name: (lambda name=name: measurer.trusted(name)) for name in measurer.TRUSTED if self._can(name)}
+        makers |= {
+            "tokens": tokens,
+            "labels": lambda: pool.labels,
+            "tags": lambda: [tags_of(tag) for tag in pool.tags],
+            "columns": lambda: columns,
+        }
+        for name, key in (("embeddings", EMBEDDINGS), ("gradients", GRADIENTS)):
+            if key in measured:
+                makers[name] = lambda key=key: measured[key]
+        supply = Supply(makers)
+        return supply
+
+    def _can(self, name: str) -> bool:
+        """Whether an input of the trusted rows can be made with the models this step loads."""
+        return name not in MODELS or MODELS[name] in self._models
+
+
+def _fresh(pool: Iterator[Row], trusted: list[Row], job: Job, refuse: bool) -> Iterator[Row]:
+    """Pool rows that are not trusted rows themselves, with ids that no trusted row has."""
+    from residency.rows import Refused
+
+    known, ids = {row.key(): row.id for row in trusted}, {row.id for row in trusted}
+    for row in pool:
+        if (key := row.key()) in known:
+            if refuse:
+                reason = f"the same row as the trusted row {known[key]}"
+                job.quarantine.append(Refused(row.source, row.line, reason, row.prompt[:200]))
+        else:
+            yield replace(row, id=f"pool:{row.id}") if row.id in ids else row
+
+
+def _write_scores(file: Path, pool: Pool, columns: dict[str, Any], chosen: Selection) -> None:
+    """Every row of the pool with its scores, its place in the choice and the reason."""
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    vectors = encoder.encode([r.content for r in chunk], batch=batch)
-    advance(len(chunk))
-    return vectors.astype(np.float16).tobytes()
-
-
-def _light(row):
-    """A row without its full text: what the map and the table show."""
-    turns = tuple((role, content[:160]) for role, content in row.messages)
-    return replace(row, messages=turns, text=row.text[:160] if row.text else None, image=None, choices=())
+    place = np.zeros(len(pool), np.int64)
+    place[chosen.indices] = np.arange(1, len(chosen.indices) + 1)
+    table = {"id": pool.ids, "line": pool.lines, "tag": pool.tags, **columns}
+    table |= {"chosen": pa.array(place, mask=place == 0), "reason": list(chosen.reasons)}
+    pq.write_table(pa.table(table), file)
 
 
-def _map(pool, vectors, trusted, examples, chosen, taken, seed: int) -> dict:
-    """The pool on two principal components: the kept rows first, then a sample, at most `MAP_POINTS`."""
-    import numpy as np
-
-    from residency.encoders import principal_plane
-
-    rest = np.array([i for i in range(len(pool)) if i not in taken])
-    room = max(0, MAP_POINTS - len(taken))
-    if len(rest) > room:
-        rest = np.sort(np.random.default_rng(seed).choice(rest, room, replace=False))
-    shown = [*chosen.indices[:MAP_POINTS].tolist(), *rest.tolist()]
-    points = np.concatenate([np.asarray(vectors[shown], np.float32), np.asarray(trusted, np.float32)])
-    flat = principal_plane(points)
-    groups = ["kept" if i in taken else _group(chosen.reasons[i]) for i in shown] + ["trusted"] * len(examples)
-    hover = [f"{pool[i].prompt[:90]} · {chosen.reasons[i]}" for i in shown] + [r.prompt[:90] for r in examples]
-    return {
-        "kind": "scatter",
-        "title": "The pool, as the encoder sees it",
-        "x": flat[:, 0].tolist(),
-        "y": flat[:, 1].tolist(),
-        "group": groups,
-        "hover": hover,
-        "xlabel": "first principal component",
-        "ylabel": "second",
-        "note": f"{len(shown):,} of {len(pool):,} pool rows shown, and the {len(examples)} trusted rows.",
-    }
+def _by(name: str) -> type[Curate]:
+    """The step that chooses with a selector of the catalogue: its keys are those of `curate` and the selector's."""
+    selector: type[Selector] | None = catalog.method(name).load() if name != "filter" else None
+    budgeted = selector is not None and issubclass(selector, Budgeted)
+    general = CuratingSome if budgeted else Curating
+    title = "".join(part.capitalize() for part in name.split("-"))
+    params: Any = create_model(f"CurateBy{title}Params", __base__=(general, selector) if selector else general)
+    params.__doc__ = f"Keys of `curate: {{by: {name}}}`."
+    return type(
+        f"CurateBy{title}", (Curate,), {"by": name, "selector": selector, "Params": params, "__doc__": Curate.__doc__}
+    )
 
 
-def _group(reason: str) -> str:
-    return "near-duplicate" if "near-duplicate" in reason else "too far"
-
-
-def _table(pool, chosen, taken) -> dict:
-    order = [*chosen.indices.tolist(), *(i for i in (-chosen.score).argsort(kind="stable").tolist() if i not in taken)]
-    return {
-        "kind": "table",
-        "title": "Why each row was kept or dropped",
-        "columns": ["row", "tag", "question", "similarity", "decision"],
-        "rows": [
-            [pool[i].line, pool[i].tag or "", pool[i].prompt[:120], round(float(chosen.score[i]), 3), chosen.reasons[i]]
-            for i in order[:TABLE_ROWS]
-        ],
-        "note": f"Kept first, then dropped by similarity; {min(TABLE_ROWS, len(pool)):,} of {len(pool):,} rows.",
-    }
+STEPS = {name: _by(name) for name in ("k-shot", "filter")}
+CurateByKShot = STEPS["k-shot"]
+CurateByFilter = STEPS["filter"]

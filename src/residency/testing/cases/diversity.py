@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 from residency.testing.roles import Case
 from residency.testing.rowroles import ScorerCase
@@ -210,7 +210,13 @@ class VendiCase(Case):
 
     name = "vendi"
     role = "Diagnostic"
-    settings = ({}, {"order": 2}, {"order": 0.5}, {"order": "inf"}, {"kernel": "rbf", "order": 2, "bandwidth": 2.0})
+    settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"order": 2},
+        {"order": 0.5},
+        {"order": "inf"},
+        {"kernel": "rbf", "order": 2, "bandwidth": 2.0},
+    )
 
     @property
     def params(self) -> Any:
