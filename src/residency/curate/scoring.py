@@ -14,7 +14,9 @@ has to know: whoever can supply the names below (the recipe step does, each comp
     reading           reading.Reading   what one forward pass of a language model says of every row
     gradients         [N, P]      of every row's loss, projected
     columns           dict[str, [N]]   scores computed before
-    example_texts, example_labels, example_embeddings, example_gradients   the same of the K trusted rows
+    tasks, instructions   list[str]   which of several tasks a row belongs to, and what it is told to do
+    example_texts, example_labels, example_tags, example_instructions, example_embeddings, example_gradients
+                      the same of the K trusted rows (of the new task's rows, where tasks are learnt in sequence)
 
 Missing values are NaN: a score that a row does not have is not a number, and no selector chooses such a row.
 """

@@ -17,6 +17,7 @@ from residency.testing.cases import (
     prompts,
     prototypes,
     quality,
+    replay,
     selectors,
     sinks,
 )
@@ -27,7 +28,7 @@ def _cases() -> dict[str, Factory]:
     """Every case class that names a method."""
     found: dict[str, Factory] = {}
     for module in (
-        *(quality, diversity, importance, selectors),
+        *(quality, diversity, importance, selectors, replay),
         *(adapt, prototypes, noisy, prompts),
         *(compress, losses, drafting, eviction, evaluate, sinks),
     ):
