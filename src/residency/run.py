@@ -347,6 +347,8 @@ class _Run:
         if "00-data" in self.folders:
             for row in rows.load(self.folders["00-data"] / f"{name}.jsonl"):
                 items[row.id] = {"prompt": row.prompt, "answer": row.answer}
+                if row.tag is not None:
+                    items[row.id]["tag"] = row.tag
                 if row.image and row.image.startswith("data:") and len(row.image) < 20_000:
                     items[row.id]["image"] = row.image
                 elif row.image:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from residency.report import figures, outcome, sections
 from residency.report import formats as fmt
 from residency.report.facts import COLUMNS, Facts, Stage
+from residency.report.groups import by_tag
 from residency.report.items import flips, strip
 from residency.report.tradeoff import tradeoff
 
@@ -146,6 +147,7 @@ class _Book:
 def _context(facts: Facts, book: _Book) -> dict[str, Any]:
     trade = tradeoff(facts)
     final = facts.final
+    groups = by_tag(facts)
     guard_flips = [flips(facts, s.guard_change, guard=True) for s in facts.stages]
     return {
         "facts": facts,
@@ -158,6 +160,7 @@ def _context(facts: Facts, book: _Book) -> dict[str, Any]:
         "forest": _forest(facts),
         "trade": trade,
         "trade_chart": book.chart("tradeoff", trade, "; ".join(v["text"] for v in trade[:1])) if trade else None,
+        "groups": book.add(groups) if groups else None,
         "steps": sections.step_views(facts),
         "total": flips(facts, final.change) if final else None,
         "strip": strip(facts),

@@ -8,6 +8,7 @@ from residency.report import figures, outcome, sections
 from residency.report import formats as fmt
 from residency.report.facts import Change, Facts
 from residency.report.formats import dig
+from residency.report.groups import by_tag
 from residency.report.items import Flips, flips
 
 TABLE_ROWS = 20
@@ -149,6 +150,8 @@ def _items(facts: Facts) -> list[str]:
         if total:
             found += ["## Item by item", f"{safe(total.title)}: {_change(total.change)}"]
             found += _flips(total)
+    if groups := by_tag(facts):
+        found += ["## Group by group", *_figure(groups)]
     guard = sections.guard_table(facts)
     if guard:
         name = safe(dig(facts.record, "guard", "name", default="guard"))

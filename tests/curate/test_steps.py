@@ -1,0 +1,198 @@
+"""The `curate` step: any score, any selector, filters, budgets, and a kill in the middle of measuring."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from helpers import qa, write_jsonl
+from residency import recipe, rows, run, store
+from residency.curate import measuring
+from residency.curate.expressions import percentile
+from residency.errors import DataError, PlanError, RecipeError
+
+HEAD = """\
+residency: 1
+name: curating
+base: tiny-llama
+task: {examples: data/examples.jsonl, test: data/test.jsonl, metric: choice-accuracy}
+steps:
+"""
+
+
+@pytest.fixture
+def curated(tmp_path):
+    """Runs steps over a pool of 40 rows with two tags; returns the record, a folder finder and the steps' tables."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "examples.jsonl", [qa(i) for i in range(8)])
+    write_jsonl(data / "test.jsonl", [qa(i) for i in range(100, 104)])
+    pool = [qa(i) | {"category": "permit"} for i in range(20, 40)]
+    pool += [qa(i, "music") | {"category": "music", "output": "la la la " + "la " * i} for i in range(20, 40)]
+    write_jsonl(data / "pool.jsonl", pool)
+
+    def go(*steps):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(HEAD + "".join(f"  - {step}\n" for step in steps))
+        record = run.execute(recipe.load(file), tmp_path / "run")
+        folders = [store.RunStore(tmp_path / "run").folder(s["id"], s["address"]) for s in record["steps"]]
+        return record["steps"], folders
+
+    go.file = tmp_path / "recipe.yaml"
+    go.root = tmp_path
+    return go
+
+
+ENCODER = "encoder: tiny-text-encoder"
+
+
+def test_scores_filter_and_choice_are_in_the_table_and_agree(curated):
+    steps, (folder,) = curated(
+        "curate: {by: k-shot, pool: data/pool.jsonl, keep: 6, near-duplicates: 1, " + ENCODER + ", "
+        "scores: [type-token, {distinct: {n: 2, as: pairs}}, similarity], filter: 'pairs > 0.5 and tag == \"permit\"'}"
+    )
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    passes = [p > 0.5 and t == "permit" for p, t in zip(table["pairs"], table["tag"], strict=True)]
+    assert 0 < sum(passes) < 40
+    for ok, reason, place in zip(passes, table["reason"], table["chosen"], strict=True):
+        assert ok != reason.startswith("dropped: filter")
+        assert (place is not None) == reason.startswith("kept")
+    best = sorted((i for i in range(40) if passes[i]), key=lambda i: -table["similarity"][i])[:6]
+    order = sorted((p, i) for i, p in enumerate(table["chosen"]) if p)
+    assert [p for p, _ in order] == [1, 2, 3, 4, 5, 6]
+    assert {i for _, i in order} == set(best)
+    written = rows.load(folder / "rows.jsonl")
+    assert [r.id for r in written[:8]] == [f"permit-{i}" for i in range(8)]
+    assert [r.id for r in written[8:]] == [table["id"][i] for _, i in order]
+    assert steps[0]["summary"]["kept"] == 6
+    kinds = {(f["kind"], f["title"]) for f in steps[0]["figures"]}
+    assert {("heatmap", "Which scores say the same"), ("heatmap", "Which choices overlap")} <= kinds
+    assert ("bars", "pairs: the pool, and what was kept") in kinds
+    json.dumps(steps[0], allow_nan=False)
+
+
+def test_budgets(curated):
+    steps, folders = curated(
+        f"curate: {{by: k-shot, pool: data/pool.jsonl, keep: 25%, near-duplicates: 1, {ENCODER}}}",
+        f"curate: {{by: k-shot, pool: data/pool.jsonl, keep: 600 tokens, near-duplicates: 1, {ENCODER}}}",
+    )
+    assert steps[0]["summary"]["kept"] == 10
+    from transformers import AutoTokenizer
+
+    from residency import bases
+
+    tokenizer = AutoTokenizer.from_pretrained(bases.resolve("tiny-llama", curated.root).folder)
+    kept = rows.load(folders[1] / "rows.jsonl")[-steps[1]["summary"]["kept"] :]
+    spent = sum(len(tokenizer(r.content, add_special_tokens=False)["input_ids"]) for r in kept)
+    table = pq.read_table(folders[1] / "scores.parquet").to_pydict()
+    assert 0 < spent <= 600
+    assert all(r.startswith(("kept", "dropped")) for r in table["reason"])
+    # the next in line would not have fitted
+    assert spent + min(len(tokenizer(r.content)["input_ids"]) for r in kept) > 600 - 200
+
+
+def test_without_a_pool_the_rows_at_hand_are_chosen_from_and_trusted_rows_stay(curated):
+    steps, folders = curated(
+        f"curate: {{by: k-shot, pool: data/pool.jsonl, keep: 20, near-duplicates: 1, {ENCODER}}}",
+        "curate: {by: filter, scores: [type-token], filter: percentile(type-token) > 50}",
+    )
+    assert steps[1]["summary"]["pool"] == 20
+    values = pq.read_table(folders[1] / "scores.parquet")["type-token"].to_numpy()
+    expected = int((percentile(values) > 50).sum())
+    assert 0 < expected < 20
+    assert steps[1]["summary"]["kept"] == expected
+    assert len(rows.load(folders[1] / "rows.jsonl")) == 8 + expected
+    assert not any("encoder" in str(k) for k in steps[1]["inputs"])
+    assert steps[1]["summary"]["quarantined"] == 0
+
+
+def test_a_killed_step_measures_only_what_is_missing(curated, monkeypatch):
+    monkeypatch.setattr("residency.curate.pool.CHUNK", 8)
+    step = f"curate: {{by: k-shot, pool: data/pool.jsonl, keep: 9, near-duplicates: 1, scores: [mtld], {ENCODER}}}"
+    steps, folders = curated(step)
+    expected = (folders[0] / "rows.jsonl").read_bytes(), pq.read_table(folders[0] / "scores.parquet")
+    import shutil
+
+    shutil.rmtree(curated.root / "run")
+    called = []
+    measure = measuring.Measurer.__call__
+
+    def failing(self, part):
+        called.append(len(part))
+        if len(called) == 3:
+            raise KeyboardInterrupt
+        return measure(self, part)
+
+    monkeypatch.setattr(measuring.Measurer, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+        curated(step)
+    called[:] = [0, 0, 0]
+    _, folders = curated(step)
+    assert called[3:] == [8, 8, 8]
+    assert (folders[0] / "rows.jsonl").read_bytes() == expected[0]
+    assert pq.read_table(folders[0] / "scores.parquet") == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "says"),
+    [
+        ("by: filter", PlanError, "nothing to filter by"),
+        ("by: filter, scores: [mltd], filter: mtld > 1", RecipeError, "did you mean `mtld`"),
+        ("by: filter, scores: [mtld], filter: mltd > 1", RecipeError, "did you mean `mtld`"),
+        ("by: filter, scores: [mtld, mtld], filter: mtld > 1", RecipeError, "two columns"),
+        ("by: filter, scores: [{mtld: {treshold: 1}}], filter: mtld > 1", RecipeError, "no such key"),
+        ("by: filter, scores: [{mtld: {threshold: 2}}], filter: mtld > 1", RecipeError, "less than 1"),
+        ("by: filter, scores: [{mtld: 3}], filter: mtld > 1", RecipeError, "a score is a name"),
+        ("by: k-shot, keep: 0%", RecipeError, "share"),
+        ("by: k-shot, keep: many", RecipeError, "budget"),
+        ("by: k-shot, workers: 2", RecipeError, "workers belongs to"),
+        ("by: nearest", RecipeError, "unknown `by`"),
+        ("by: filter, scores: [mtld], filter: 'mtld > 1', keep: 3", RecipeError, "unknown key `keep`"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(curated, keys, error, says):
+    with pytest.raises(error, match=says):
+        curated(f"curate: {{pool: data/pool.jsonl, {keys}}}")
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"), [("mtld > 1e9", "no row"), ("mtld", "not a condition"), ("tag > 3", "compares")]
+)
+def test_what_only_the_data_can_tell(curated, condition, says):
+    with pytest.raises(DataError, match=says):
+        curated(f"curate: {{pool: data/pool.jsonl, by: filter, scores: [mtld], filter: '{condition}'}}")
+
+
+def test_every_key_of_the_step_changes_its_address(curated):
+    """No key is accepted and then ignored: what differs in the recipe differs in the content address."""
+    keys = {
+        "keep": ("6", "7"),
+        "near-duplicates": ("1", "0.5"),
+        "scores": ("[]", "[mtld]"),
+        "filter": ('tag == "permit"', 'tag == "music"'),
+        "batch": ("64", "8"),
+    }
+    for key, values in keys.items():
+        found = set()
+        for value in values:
+            curated.file.write_text(
+                HEAD + f"  - curate: {{by: k-shot, pool: data/pool.jsonl, {ENCODER}, {key}: '{value}'}}\n"
+                if key == "filter"
+                else HEAD + f"  - curate: {{by: k-shot, pool: data/pool.jsonl, {ENCODER}, {key}: {value}}}\n"
+            )
+            from residency import plan
+
+            found.add(plan.make(recipe.load(curated.file)).nodes[2].address)
+        assert len(found) == 2, key
+
+
+def test_texts_and_embeddings_are_made_once(monkeypatch):
+    made = []
+    supply = measuring.Supply({"a": lambda: made.append(1) or np.arange(4)})
+    part = supply.only(np.array([3, 1]), 4)
+    assert part["a"].tolist() == [3, 1] == part.of(["a"])[0].tolist()
+    assert supply.of(["a", "b?"])[1] is None
+    assert made == [1]
