@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import qa, write_jsonl
-from residency import recipe, rows, run, store
+from residency import catalog, recipe, rows, run, store
 from residency.curate import measuring
 from residency.curate.expressions import percentile
+from residency.curate.steps import curate_by
 from residency.errors import DataError, PlanError, RecipeError
 
 HEAD = """\
@@ -120,11 +121,11 @@ def test_a_killed_step_measures_only_what_is_missing(curated, monkeypatch):
     called = []
     measure = measuring.Measurer.__call__
 
-    def failing(self, part):
+    def failing(self, part, *rest):
         called.append(len(part))
         if len(called) == 3:
             raise KeyboardInterrupt
-        return measure(self, part)
+        return measure(self, part, *rest)
 
     monkeypatch.setattr(measuring.Measurer, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -196,3 +197,93 @@ def test_texts_and_embeddings_are_made_once(monkeypatch):
     assert part["a"].tolist() == [3, 1] == part.of(["a"])[0].tolist()
     assert supply.of(["a", "b?"])[1] is None
     assert made == [1]
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A tiny classifier with one logit and a tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    from residency import bases
+
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = AutoTokenizer.from_pretrained(bases.resolve("tiny-llama", folder).folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_scores_by_models_share_one_pass_and_equal_the_library(curated, reward_model, monkeypatch):
+    from residency import bases
+    from residency.curate import reading
+    from residency.curate.confidence import TokenEntropy
+    from residency.curate.fluency import IFD
+
+    passes = []
+    original = reading.Answer.run
+    monkeypatch.setattr(reading.Answer, "run", lambda self, *a: passes.append(1) or original(self, *a))
+    names = "[ifd, perplexity, el2n, token-entropy, margin, least-confidence, {judge: {as: quality}}, "
+    names += "{judge: {aspect: complexity, as: complexity}}, deita-score, reward, own-reward, necessity, grand, less]"
+    steps, (folder,) = curated(
+        f"curate: {{by: top, pool: data/pool.jsonl, keep: 7, scores: {names}, quality: -ifd, reward: {reward_model}}}"
+    )
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    assert len(passes) == 1
+    for column in ("ifd", "perplexity", "el2n", "quality", "complexity", "reward", "own-reward", "grand", "less"):
+        assert np.isfinite(table[column]).all(), column
+        assert np.std(table[column]) > 0, column
+    folder_of = bases.resolve("tiny-llama", curated.root).folder
+    model, tokenizer = bases.load_causal_lm(folder_of, "cpu"), bases.load_tokenizer(folder_of)
+    pool = rows.read(curated.root / "data" / "pool.jsonl").rows
+    found = reading.read(model, tokenizer, pool, [IFD(), TokenEntropy()])
+    np.testing.assert_allclose(table["ifd"], IFD().score(found), rtol=1e-4)
+    np.testing.assert_allclose(table["token-entropy"], TokenEntropy().score(found), rtol=1e-4)
+    np.testing.assert_allclose(table["deita-score"], np.multiply(table["complexity"], table["quality"]))
+    best = np.argsort(table["ifd"], kind="stable")[:7]
+    assert {i for i, place in enumerate(table["chosen"]) if place} == set(best.tolist())
+    assert {"model"} <= set(steps[0]["inputs"])
+
+
+BY = [row.variant for row in catalog.step_rows("curate") if row.variant != "filter"]
+
+
+@pytest.mark.parametrize("by", BY)
+def test_every_selector_chooses_in_a_recipe(curated, by):
+    budget = "keep: 9, " if "keep" in curate_by(by).Params.model_fields else ""
+    more = {"quotas": "", "k-shot": "near-duplicates: 1, ", "deita": "near-duplicates: 1, "}.get(by, "")
+    if by == "deita" and "near_duplicates" not in curate_by(by).Params.model_fields:
+        more = ""
+    steps, (folder,) = curated(
+        f"curate: {{by: {by}, pool: data/pool.jsonl, {budget}{more}scores: [{{distinct: {{n: 2}}}}], {ENCODER}}}"
+    )
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    kept = [place for place in table["chosen"] if place]
+    assert sorted(kept) == list(range(1, len(kept) + 1))
+    assert 1 <= len(kept) <= (9 if budget else 40)
+    assert steps[0]["method"] == by
+    for place, reason in zip(table["chosen"], table["reason"], strict=True):
+        assert reason.startswith("kept" if place else "dropped")
+
+
+def test_models_that_do_not_fit_are_refused_in_the_plan(curated):
+    for keys, says in (
+        ("by: top, scores: [reward]", "needs a reward model"),
+        ("by: top, scores: [ifd], reader: tiny-text-encoder", "`reader` must be a causal-lm"),
+        ("by: k-centre, encoder: tiny-llama", "`encoder` must be a text-encoder"),
+        ("by: top", "none is named"),
+        ("by: top, scores: [ifd, mtld]", "does not say which"),
+        ("by: top, scores: [perplexity]", "does not say which"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            curated(f"curate: {{pool: data/pool.jsonl, {keys}}}")

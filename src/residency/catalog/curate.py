@@ -32,11 +32,37 @@ METHODS: tuple[Method, ...] = (
     ),
 )
 
+_CHOICES = {
+    "k-shot": "let the trusted rows choose from a pool",
+    "filter": "keep the rows that meet a condition",
+    "top": "the highest by a score",
+    "sample": "at random, likelier where a score is high",
+    "random": "at random",
+    "k-centre": "rows that leave no row far away",
+    "herding": "rows whose mean is the pool's",
+    "facility-location": "rows that stand for all others",
+    "qdit": "rows that stand for all others, and are good",
+    "dpp": "rows that are good and unlike each other",
+    "deita": "the best first, unless too like one taken",
+    "instag": "rows that cover all tags, the richest first",
+    "quotas": "a mixture: so much of every tag",
+    "cluster-clip": "evenly over clusters",
+    "minhash": "one of each group of near-duplicate texts",
+    "semdedup": "one of each group of near-duplicate meanings",
+    "d4": "without near-duplicates and without the most typical",
+    "gradient-matching": "rows whose gradients add up to the target's",
+}
+
+
+def _step_class(name: str) -> str:
+    return "CurateBy" + "".join(part.capitalize() for part in name.split("-"))
+
+
 STEPS: tuple[StepRow, ...] = (
-    StepRow(
-        "curate", "residency.curate.steps:CurateByKShot", "by", "k-shot", "let the trusted rows choose from a pool"
+    *(
+        StepRow("curate", f"residency.curate.steps:{_step_class(name)}", "by", name, summary)
+        for name, summary in _CHOICES.items()
     ),
-    StepRow("curate", "residency.curate.steps:CurateByFilter", "by", "filter", "keep the rows that meet a condition"),
     StepRow(
         "replay", "residency.curate.step_replay:ReplayStep", summary="the next task's rows, and some of those before"
     ),

@@ -52,9 +52,14 @@ def measure(
             advance(_rows(todo[i][1]))
         return files
     for chunk, file in todo:
-        rows = load(chunk)
-        _keep(file, packed(measurer(rows)))
-        advance(len(rows))
+        rows, told = load(chunk), [0]
+
+        def tell(n: int, told: list[int] = told) -> None:
+            told[0] += n
+            advance(n)
+
+        _keep(file, packed(measurer(rows, tell)))
+        advance(len(rows) - told[0])
     return files
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EMBEDDINGS, GRADIENTS, TOKENS = "#embeddings", "#gradients", "#tokens"
 """Names of what a measured chunk holds besides the columns of scores."""
+OWN_TOKENS = 64
+"""Longest answer of the reader's own, for scores that compare with it."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ class Work:
         scores: The columns.
         extras: Of `EMBEDDINGS`, `GRADIENTS`, `TOKENS`, what else to return.
         examples: JSONL of the trusted rows.
-        encoder: Folder of a sentence encoder.
-        reader: Folder of the language model that reads rows.
-        batch: Rows per forward pass.
+        models: Folder of each model that may be asked for: "encoder" (of sentences), "reader" (a language model that
+            reads rows), "judge" (one that rates them), "reward" (a classifier with one logit).
+        batch: Texts per forward pass of the encoder.
         device: "cpu", "cuda" or "mps".
         seed: Seed of everything random.
     """
@@ -122,17 +124,17 @@ class Work:
     scores: tuple[Wanted, ...]
     extras: tuple[str, ...]
     examples: Path
-    encoder: Path | None
-    reader: Path
+    models: dict[str, Path]
     batch: int
     device: str
     seed: int
+    remote_code: bool = False
 
 
 class Measurer:
     """Measures chunks; its models are loaded when first needed, and once."""
 
-    TRUSTED = ("example_texts", "example_labels", "example_embeddings")
+    TRUSTED = ("example_texts", "example_labels", "example_embeddings", "example_gradients")
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -140,29 +142,53 @@ class Measurer:
         self._kept = Supply(
             {
                 "encoder": self._load_encoder,
+                "reader": partial(self._load_reader, "reader"),
+                "judge": partial(self._load_reader, "judge"),
+                "reward": self._load_reward,
+                "adapted": self._load_adapted,
                 "examples": self._load_examples,
-                "tokenizer": self._load_tokenizer,
                 "example_texts": lambda: [r.content for r in self._kept["examples"]],
                 "example_labels": lambda: [r.label for r in self._kept["examples"]],
                 "example_embeddings": lambda: self.embed(self._kept["examples"]),
+                "example_gradients": lambda: self.gradients(self._kept["examples"]),
             }
         )
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        """The columns [n] of a chunk, and its extras [n, …]."""
-        supply = self.supply(rows)
-        found = {column: np.asarray(score.score(*supply.of(score.needs)), float) for column, score in self._scores}
-        if EMBEDDINGS in self.work.extras:
-            found[EMBEDDINGS] = supply["embeddings"]
+    def __call__(self, rows: Sequence[Row], advance: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+        """The columns [n] of a chunk, and its extras [n, …].
+
+        Args:
+            rows: The chunk.
+            advance: Called with the rows done; a language model's passes count by their share.
+        """
+        supply, found = self.supply(rows, advance), {}
+        for column, score in self._scores:
+            if "judge" in score.needs:
+                supply["judge"] = self._judge(score)
+            found[column] = np.asarray(score.score(*supply.of(score.needs)), float)
+        for name, made in ((EMBEDDINGS, "embeddings"), (GRADIENTS, "gradients")):
+            if name in self.work.extras:
+                found[name] = supply[made]
         if TOKENS in self.work.extras:
-            ids = self._kept["tokenizer"]([r.content for r in rows], add_special_tokens=False)["input_ids"]
+            tokenizer = self._kept["reader"][1]
+            ids = tokenizer([r.content for r in rows], add_special_tokens=False)["input_ids"]
             found[TOKENS] = np.array([len(i) for i in ids], float)
         return found
 
-    def supply(self, rows: Sequence[Row]) -> Supply:
+    def supply(self, rows: Sequence[Row], advance: Callable[[int], None] | None = None) -> Supply:
         """The inputs of scores over these rows."""
         trusted = {name: partial(self.trusted, name) for name in self.TRUSTED}
-        return Supply({**texts_of(rows), **trusted, "embeddings": lambda: self.embed(rows).astype(np.float16)})
+        return Supply(
+            {
+                **texts_of(rows),
+                **trusted,
+                "embeddings": lambda: self.embed(rows).astype(np.float16),
+                "gradients": lambda: self.gradients(rows),
+                "reading": lambda: self._reading(rows, advance),
+                "own_answers": lambda: self._own_answers(rows),
+                "reward": lambda: self._kept["reward"],
+            }
+        )
 
     def trusted(self, name: str) -> Any:
         """An input of the trusted rows, one of `TRUSTED`."""
@@ -172,18 +198,89 @@ class Measurer:
         """[n, D] of rows as texts."""
         return self._kept["encoder"].encode([r.content for r in rows], batch=self.work.batch)
 
+    def gradients(self, rows: Sequence[Row]) -> np.ndarray:
+        """[n, P] projected gradients of a fresh adapter's B factors: of every weight, seen through its random A."""
+        from residency.curate.gradients import Gradients
+
+        model, tokenizer = self._kept["adapted"]
+        return Gradients(seed=self.work.seed).of(model, tokenizer, rows)
+
+    def _reading(self, rows: Sequence[Row], advance: Callable[[int], None] | None) -> Any:
+        from residency.curate.reading import Read, read, runs_of
+
+        wanted = [score for _, score in self._scores if isinstance(score, Read)]
+        runs, done = runs_of(wanted), [0, 0]
+
+        def sequences(n: int) -> None:
+            done[0] += n
+            if advance is not None and done[0] // runs > done[1]:
+                advance(done[0] // runs - done[1])
+                done[1] = done[0] // runs
+
+        model, tokenizer = self._kept["reader"]
+        return read(model, tokenizer, rows, wanted, progress=sequences)
+
+    def _own_answers(self, rows: Sequence[Row]) -> list[str]:
+        """What the reader itself answers, greedily; empty for a row without turns."""
+        from residency.generate import generate
+        from residency.tokens import encode
+
+        model, tokenizer = self._kept["reader"]
+        asked = [i for i, row in enumerate(rows) if row.messages]
+        prompts = [encode(rows[i], tokenizer).prompt for i in asked]
+        own = [""] * len(rows)
+        for i, text in zip(asked, generate(model, tokenizer, prompts, max_new_tokens=OWN_TOKENS), strict=True):
+            own[i] = text
+        return own
+
+    def _judge(self, score: Any) -> Any:
+        from residency.curate.judging import DigitJudge
+
+        return DigitJudge(*self._kept["judge"], lowest=score.lowest, highest=score.highest)
+
     def _load_encoder(self) -> Any:
         from residency import encoders
 
-        assert self.work.encoder is not None
-        return encoders.load(self.work.encoder, self.work.device)
+        return encoders.load(self.work.models["encoder"], self.work.device)
+
+    def _load_reader(self, name: str) -> tuple[Any, Any]:
+        """A language model and its tokenizer; one that serves as reader and judge is loaded once."""
+        from residency import bases
+
+        folder = self.work.models[name]
+        if name != "reader" and folder == self.work.models["reader"]:
+            return self._kept["reader"]
+        tokenizer = bases.load_tokenizer(folder, remote_code=self.work.remote_code)
+        return bases.load_causal_lm(folder, self.work.device, remote_code=self.work.remote_code), tokenizer
+
+    def _load_adapted(self) -> tuple[Any, Any]:
+        import torch
+
+        from residency import bases
+        from residency.lora import Lora
+
+        folder = self.work.models["reader"]
+        model = bases.load_causal_lm(folder, self.work.device, remote_code=self.work.remote_code)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.work.seed)
+            adapted = Lora(rank=8, targets=("all-linear",)).attach(model)
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:  # while B is zero, A has no gradient
+                parameter.requires_grad_(False)
+        return adapted, bases.load_tokenizer(folder, remote_code=self.work.remote_code)
+
+    def _load_reward(self) -> Any:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from residency.compat import quiet_transformers
+        from residency.curate.judging import RewardModel
+
+        folder = self.work.models["reward"]
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(folder).to(self.work.device).eval()
+            return RewardModel(model, AutoTokenizer.from_pretrained(folder))
 
     def _load_examples(self) -> list[Row]:
         from residency.rows import load
 
         return load(self.work.examples)
-
-    def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.work.reader)

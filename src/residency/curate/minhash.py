@@ -40,9 +40,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from residency.curate.hashing import Hashes, mixed
 from residency.curate.scoring import Selection, Selector
 
-Hashes = NDArray[np.uint64]
 LEADERS = 8
 """Rows of one bucket that the others are compared with, at most."""
 BLOCK = 1 << 15
@@ -187,7 +187,7 @@ class MinHash(Selector):
             begin = bounds[filled[low]]
             high = max(low + 1, int(np.searchsorted(bounds[filled + 1], begin + BLOCK, "right")))
             rows = filled[low:high]
-            part = _mixed(hashes[begin : bounds[rows[-1] + 1]])
+            part = mixed(hashes[begin : bounds[rows[-1] + 1]])
             cuts = bounds[rows] - begin
             for place, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
                 first = np.minimum.reduceat(part * factor + offset, cuts)
@@ -203,7 +203,7 @@ class MinHash(Selector):
         for band in range(bands):
             key = np.zeros(len(filled), np.uint64)
             for place in range(band * width, (band + 1) * width):
-                key = _mixed(key ^ signatures[filled, place].astype(np.uint64))
+                key = mixed(key ^ signatures[filled, place].astype(np.uint64))
             order = np.argsort(key, kind="stable")
             rows, key = filled[order], key[order]
             for _ in range(LEADERS):
@@ -254,13 +254,6 @@ def _digest(word: str) -> int:
     return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _mixed(x: Hashes) -> Hashes:
-    """A bijection of 64-bit numbers in which every bit of the input reaches every bit (splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _rolled(units: Hashes, counts: NDArray[np.int64], n: int) -> tuple[Hashes, NDArray[np.int64]]:
     """Hashes of all runs of n units within each text, or of the whole text where it is shorter."""
     begin = np.cumsum(counts) - counts
@@ -273,7 +266,7 @@ def _rolled(units: Hashes, counts: NDArray[np.int64], n: int) -> tuple[Hashes, N
     for k in range(n):
         inside = place + k < end
         more = units[np.minimum(place + k, max(len(units) - 1, 0))]
-        value = np.where(inside, _mixed(value * np.uint64(0x9E3779B97F4A7C15) + more), value)
+        value = np.where(inside, mixed(value * np.uint64(0x9E3779B97F4A7C15) + more), value)
     return value, bounds
 
 

@@ -73,6 +73,10 @@ class Curating(Params):
     """Sentence encoder: an embedded base, a local folder, or a hub id (mean pooling)."""
     reader: str | None = None
     """The language model that scores by a model ask; by default the model at this point of the recipe."""
+    judge: str | None = None
+    """The language model that rates rows for the score `judge`; by default the reader."""
+    reward: str | None = None
+    """A reward model (a sequence classifier with one logit) for the score `reward`."""
     batch: int = Field(64, ge=1)
     """Texts per forward pass of the encoder."""
     scale: Literal["here", "ray"] = "here"

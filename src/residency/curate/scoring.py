@@ -12,11 +12,14 @@ has to know: whoever can supply the names below (the recipe step does, each comp
     tags              list[tuple[str, …]]   the tags of a row
     embeddings        [N, D]      of the texts, by a sentence encoder
     reading           reading.Reading   what one forward pass of a language model says of every row
+    judge             callable (messages) → str | float; its attribute many(list of messages) is used where it has one
+    reward            callable (questions, answers) → N numbers
+    own_answers       list[str]   what the model itself answers
     gradients         [N, P]      of every row's loss, projected
     columns           dict[str, [N]]   scores computed before
     tasks, instructions   list[str]   which of several tasks a row belongs to, and what it is told to do
-    example_texts, example_labels, example_tags, example_instructions, example_embeddings, example_gradients
-                      the same of the K trusted rows (of the new task's rows, where tasks are learnt in sequence)
+    example_texts, example_labels, example_embeddings, example_gradients, example_tags, example_instructions : the same
+                      of the K trusted rows (of the new task's rows, where tasks are learnt in sequence)
 
 Missing values are NaN: a score that a row does not have is not a number, and no selector chooses such a row.
 """
@@ -40,7 +43,7 @@ class Score(Params):
     """Rows → one float each.
 
     Class attributes:
-        needs: Names of the inputs of `score`, in order (see the module).
+        needs: Names of the inputs of `score`, in order (see the module); one that may be missing ends in "?".
         good: Which end the literature keeps: "high", "low", or "middle" where both ends are bad.
         alone: Whether a row's value depends on that row only (and on trusted rows or a model), not on the pool.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +24,7 @@ from residency.curate.params import Curating, CuratingSome
 from residency.curate.pool import Pool
 from residency.curate.scoring import Budgeted, Selection, Selector
 from residency.errors import DataError, PlanError
-from residency.step import Forecast, Job, Outcome, State, Step
+from residency.step import Forecast, Job, Kind, Outcome, State, Step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,19 @@ MODELS = {
     "reading": "reader",
     "gradients": "reader",
     "example_gradients": "reader",
+    "own_answers": "reader",
+    "judge": "judge",
+    "reward": "reward",
 }
 """Input → which model makes it."""
+
+KINDS: dict[str, tuple[Kind, str]] = {
+    "encoder": ("text-encoder", "all-minilm-l6-v2, or a sentence encoder of your own"),
+    "reader": ("causal-lm", "smollm2-135m-instruct, or a language model of your own"),
+    "judge": ("causal-lm", "a language model that follows instructions"),
+    "reward": ("classifier", "a sequence classifier with one logit"),
+}
+"""Model → what it must be, and what to say when it is not."""
 
 
 class Curate(Step):
@@ -69,7 +81,7 @@ class Curate(Step):
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         """See `Step.reads`: the rows, and what this choice of scores and selector asks for."""
         ports = {"rows"} if self.params.pool else {"rows", "examples"}
-        if ("reader" in self._models and self.params.reader is None) or self._in_tokens:
+        if self._own_model:
             ports.add("model")
         return frozenset(ports)
 
@@ -85,6 +97,13 @@ class Curate(Step):
         return frozenset(MODELS[n] for n in self.needs if n in MODELS)
 
     @property
+    def _own_model(self) -> bool:
+        """Whether the model at this point of the recipe is asked for anything."""
+        p = self.params
+        asks = "reader" in self._models or ("judge" in self._models and p.judge is None) or self._in_tokens
+        return asks and p.reader is None
+
+    @property
     def _in_tokens(self) -> bool:
         return str(getattr(self.params, "keep", "")).endswith("tokens")
 
@@ -94,13 +113,15 @@ class Curate(Step):
 
     def bases(self) -> dict[str, str]:
         """See `Step.bases`."""
-        named = {"encoder": self.params.encoder, "reader": self.params.reader}
-        return {name: ref for name, ref in named.items() if name in self._models and ref}
+        p = self.params
+        named = {"encoder": p.encoder, "reader": p.reader, "judge": p.judge, "reward": p.reward}
+        asked = self._models | ({"reader"} if self._in_tokens or "judge" in self._models else set())
+        return {name: ref for name, ref in named.items() if name in asked and ref}
 
     def tiny(self) -> Curate:
         """See `Step.tiny`."""
         smaller: dict[str, Any] = {"encoder": "tiny-text-encoder"}
-        smaller |= {"reader": "tiny-llama"} if self.params.reader else {}
+        smaller |= {name: "tiny-llama" for name in ("reader", "judge") if getattr(self.params, name)}
         if hasattr(self.params, "keep"):
             smaller["keep"] = 8
         if self.by == "k-shot":
@@ -114,18 +135,17 @@ class Curate(Step):
             raise PlanError("`by: filter` has nothing to filter by", hint="filter: 'length > 20', or another `by`")
         if "quality" in self._required:
             self._quality_text()
-        for name, kind, known in (
-            ("encoder", "text-encoder", "all-minilm-l6-v2"),
-            ("reader", "causal-lm", "smollm2-135m-instruct"),
-        ):
-            if name in self._models:
-                facts = state.others.get(name, state.model)
-                if facts.kind != kind:
-                    ref = getattr(p, name) or "the model at this point"
-                    raise PlanError(
-                        f"curating needs a {kind}, and `{ref}` is a {facts.kind}",
-                        hint=f"{name}: {known}, or one of your own",
-                    )
+        if "reward" in self._models and p.reward is None:
+            raise PlanError(
+                "the score `reward` needs a reward model", hint="reward: a sequence classifier with one logit"
+            )
+        for name in sorted(self._models):
+            kind, known = KINDS[name]
+            facts = state.others.get(name, state.others.get("reader", state.model))
+            if facts.kind != kind:
+                ref = getattr(p, name) or "the model at this point"
+                hint = f"{name}: {known}"
+                raise PlanError(f"`{name}` must be a {kind}, and {ref} is a {facts.kind}", hint=hint)
         pool = state.pool_rows if p.pool else state.rows
         kept = min(pool, rows_of(getattr(p, "keep", "100%"), pool) or pool)
         after = replace(state, rows=(state.rows if p.pool else 0) + kept)
@@ -133,7 +153,7 @@ class Curate(Step):
         if "encoder" in self._models:
             encoder = state.others["encoder"]
             flops += 2.0 * (encoder.parameters - encoder.hidden * encoder.vocabulary) * tokens
-        if "reader" in self._models:
+        if self._models - {"encoder", "reward"}:
             flops += state.others.get("reader", state.model).flops_per_token() * tokens * self._passes
         notes = (f"{pool:,} pool rows → {'at most ' if kept == pool else ''}{kept:,}",)
         return Forecast(after, flops=flops, seconds=5, peak_bytes=(400 << 20) + 1600 * pool, notes=notes)
@@ -144,8 +164,13 @@ class Curate(Step):
 
     @property
     def _passes(self) -> float:
-        """Forward passes of the reader over the pool, about; a backward pass counts as two."""
-        return (1 if "reading" in self.needs else 0) + (3 if "gradients" in self.needs else 0)
+        """Forward passes of language models over the pool, about; a backward pass counts as two."""
+        from residency.curate.reading import Read, runs_of
+
+        scores = [score for _, score in self.params.loaded]
+        judged = sum("judge" in score.needs for score in scores)
+        own = 4 if "own_answers" in self.needs else 0
+        return runs_of([s for s in scores if isinstance(s, Read)]) + judged + own + 3 * ("gradients" in self.needs)
 
     def _quality_text(self) -> str | None:
         """The formula the selector ranks by.
@@ -198,9 +223,11 @@ class Curate(Step):
             )
             if wanted
         )
-        encoder = job.base(p.encoder) if "encoder" in self._models else None
-        reader = job.base(p.reader) if p.reader else job.model
-        work = Work(alone, extras, trusted_file, encoder, reader, p.batch, job.device, job.seed)
+        models = {name: job.base(ref) for name, ref in self.bases().items()}
+        models.setdefault("reader", job.model)
+        models.setdefault("judge", models["reader"])
+        remote = job.remote_code and p.reader is None
+        work = Work(alone, extras, trusted_file, models, p.batch, job.device, job.seed, remote)
         measurer = Measurer(work)
         measured = self._measure(job, work, measurer, pool)
 
@@ -308,19 +335,26 @@ def _write_scores(file: Path, pool: Pool, columns: dict[str, Any], chosen: Selec
     pq.write_table(pa.table(table), file)
 
 
-def _by(name: str) -> type[Curate]:
-    """The step that chooses with a selector of the catalogue: its keys are those of `curate` and the selector's."""
+@cache
+def curate_by(name: str) -> type[Curate]:
+    """The step that chooses with a selector of the catalogue; its keys are those of `curate` and the selector's.
+
+    Args:
+        name: Of the selector; "filter" keeps whatever passes the filter.
+    """
     selector: type[Selector] | None = catalog.method(name).load() if name != "filter" else None
     budgeted = selector is not None and issubclass(selector, Budgeted)
     general = CuratingSome if budgeted else Curating
-    title = "".join(part.capitalize() for part in name.split("-"))
-    params: Any = create_model(f"CurateBy{title}Params", __base__=(general, selector) if selector else general)
+    title = "CurateBy" + "".join(part.capitalize() for part in name.split("-"))
+    params: Any = create_model(f"{title}Params", __base__=(general, selector) if selector else general)
     params.__doc__ = f"Keys of `curate: {{by: {name}}}`."
-    return type(
-        f"CurateBy{title}", (Curate,), {"by": name, "selector": selector, "Params": params, "__doc__": Curate.__doc__}
-    )
+    own = {"by": name, "selector": selector, "Params": params, "__doc__": Curate.__doc__, "__module__": __name__}
+    return type(title, (Curate,), own)
 
 
-STEPS = {name: _by(name) for name in ("k-shot", "filter")}
-CurateByKShot = STEPS["k-shot"]
-CurateByFilter = STEPS["filter"]
+def __getattr__(attribute: str) -> type[Curate]:
+    """`CurateByKShot` and its like, one per `by` of the catalogue, made when first asked for."""
+    for row in catalog.step_rows("curate"):
+        if row.object.endswith(f":{attribute}") and row.variant:
+            return curate_by(row.variant)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

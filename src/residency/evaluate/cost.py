@@ -31,7 +31,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from residency.errors import DataError
-from residency.evaluate.generate import only
+from residency.generate import only
 from residency.measure import now
 from residency.modes import evaluating
 

@@ -93,7 +93,7 @@ def by_generation(
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of greedily generated answers (see `by_likelihood` for the arguments; `options` go to `generate`)."""
-    from residency.evaluate.generate import generate
+    from residency.generate import generate
 
     found = {name: metric_of(name) for name in metrics}
     prompts = [tokens.encode(row, tokenizer).prompt for row in rows]

@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 
 from residency.errors import DataError
-from residency.evaluate.generate import generate
+from residency.generate import generate
 
 
 class Numbers:
