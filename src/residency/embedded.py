@@ -274,7 +274,8 @@ def data(name: str) -> Iterator[dict[str, Any]]:
 def data_version(name: str) -> str:
     """What the rows of an embedded data set depend on: package versions and the form of the split."""
     digits = name.split("/")[0] in ("digits", "noisy-digits")
-    package = "scikit-learn" if digits else {"construction-faq": "zaragoza-construction-faq"}.get(name.split("/")[0])
+    faq = name.split("/")[0] in ("construction-faq", "three-tasks")
+    package = "scikit-learn" if digits else "zaragoza-construction-faq" if faq else None
     versions = [version(package)] if package else []
     if not digits:
         versions.append(version("chatterbot-corpus"))
@@ -317,6 +318,32 @@ def _chatterbot(exclude: tuple[str, ...] = (), only: tuple[str, ...] | None = No
                     "output": texts[1],
                     "category": f"chatter: {file.stem}",
                 }
+
+
+TASK_ROWS, TASK_TEST = 96, 24
+"""Rows to learn, and held-out rows, of each of the tasks to be learnt in sequence."""
+
+
+def _sequence(split: str) -> Iterator[dict[str, Any]]:
+    """Three tasks to learn one after another: permits in English, other permits in Swedish, trivia; tagged by task."""
+    import json
+    import random
+
+    def construction(file: str) -> list[dict[str, Any]]:
+        path = package_file("zaragoza-construction-faq", f"data/{file}")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        random.Random(0).shuffle(rows)  # both languages have the same rows in the same order
+        return [{"id": r["id"], "instruction": r["q"], "output": r["a"]} for r in rows]
+
+    size = TASK_ROWS + TASK_TEST
+    tasks = {
+        "permits": construction("faq-en.jsonl")[:size],
+        "swedish": construction("faq.jsonl")[size : 2 * size],
+        "trivia": list(_trivia(""))[:size],
+    }
+    for name, rows in tasks.items():
+        part = rows[TASK_ROWS:] if split == "test" else rows[:TASK_ROWS] if split == name else []
+        yield from ({**row, "id": f"{name}-{row['id']}", "category": name} for row in part)
 
 
 def _trivia(_: str) -> Iterator[dict[str, Any]]:
@@ -402,6 +429,7 @@ _DATA = {
     "construction-faq/pool": (_construction, "pool"),
     "construction-faq/test": (_construction, "test"),
     "general-knowledge": (_trivia, ""),
+    **{f"three-tasks/{split}": (_sequence, split) for split in ("permits", "swedish", "trivia", "test")},
     "digits/examples": (_digits, "examples"),
     "digits/test": (_digits, "test"),
     **{f"noisy-digits/{split}": (_noisy_digits, split) for split in ("examples", "noisy", "test", "texts")},

@@ -32,6 +32,7 @@ def by_tag(facts: Facts) -> dict[str, Any] | None:
     if len(exams) < 2 or not 2 <= len(shown) <= MOST:
         return None
     labels = [f"{i}. {facts.label(str(exam.get('id')))}" if i else "base" for i, exam in enumerate(exams)]
+    turn = f"A line that {'falls' if facts.scale.higher else 'rises'} is being forgotten"
     counts = ", ".join(f"{tag} {max(len(found.get(tag, [])) for found in sums)}" for tag in shown)
     return {
         "kind": "lines",
@@ -46,5 +47,5 @@ def by_tag(facts: Facts) -> dict[str, Any] | None:
         ],
         "xlabel": "examination",
         "ylabel": "mean score of its items",
-        "note": f"Rows are grouped by their tag. Items: {counts}. A line that falls is being forgotten.",
+        "note": f"Rows are grouped by their tag. Items: {counts}. {turn}.",
     }

@@ -41,7 +41,20 @@ class Case:
         if self.row is None:
             return
         module = self.row.object.partition(":")[0]
-        blocked = ("sklearn", "PIL", "gguf", "onnx", "onnxruntime", "onnxscript", "torchmetrics", "rouge_score", "ot")
+        blocked = (
+            "sklearn",
+            "PIL",
+            "gguf",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "torchmetrics",
+            "rouge_score",
+            "ot",
+            "scipy",
+            "ray",
+            "kronfluence",
+        )
         code = f"import sys; sys.modules.update({{n: None for n in {blocked!r}}}); import {module}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
