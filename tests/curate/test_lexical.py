@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from residency.curate import lexical
+from residency.curate import lexical, lexicaltokens
 from residency.curate.lexical import (
     HDD,
     MATTR,
@@ -80,7 +80,7 @@ def mtld_loop(tokens, threshold=0.72):
 def test_everything_that_has_a_plain_loop_equals_it(rows, lanes, block, threshold):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lexical, "LANES", lanes)
-        patch.setattr(lexical, "BLOCK", block)
+        patch.setattr(lexicaltokens, "BLOCK", block)
         tokens = Tokens.of(rows)
         assert tokens.types.tolist() == [len(set(row)) for row in rows]
         np.testing.assert_array_equal(MTLD().of(tokens), [mtld_loop(row) for row in rows])
@@ -156,7 +156,7 @@ def test_words_are_those_of_lexicalrichness(text, expected):
 @given(st.lists(st.text(st.sampled_from("ab Σσ-.3\n\0é–\u2003"), max_size=12), max_size=7), st.sampled_from([1, 3, 64]))
 def test_texts_split_together_are_texts_split_alone(texts, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lexical, "CHUNK", chunk)
+        patch.setattr(lexicaltokens, "CHUNK", chunk)
         tokens = Tokens.of(texts)
     rows = [words(text) for text in texts]
     assert tokens.sizes.tolist() == [len(row) for row in rows]

@@ -287,3 +287,19 @@ def test_models_that_do_not_fit_are_refused_in_the_plan(curated):
     ):
         with pytest.raises(PlanError, match=says):
             curated(f"curate: {{pool: data/pool.jsonl, {keys}}}")
+
+
+def test_a_score_that_cannot_be_computed_says_which(curated):
+    with pytest.raises(DataError, match=r"the score `forgetting` cannot be computed: no column"):
+        curated("curate: {pool: data/pool.jsonl, by: top, scores: [forgetting]}")
+
+
+def test_an_infinite_quality_is_the_best_there_is(curated):
+    lines = [
+        qa(i) | {"output": "la " * 60 if i < 30 else " ".join(f"w{'x' * k}" for k in range(60))} for i in range(20, 40)
+    ]
+    write_jsonl(curated.root / "data" / "pool.jsonl", lines)
+    _, (folder,) = curated("curate: {pool: data/pool.jsonl, by: top, keep: 10, scores: [vocd]}")
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    assert np.isinf(table["vocd"]).any()
+    assert {i for i, place in enumerate(table["chosen"]) if place} == set(range(10, 20))

@@ -112,7 +112,7 @@ METHODS: tuple[Method, ...] = (
         arxiv="1812.05159",
         reference="Toneva, Sordoni, Tachet des Combes et al., ICLR 2019",
         object="residency.curate.forgetting:Forgetting",
-        step="curate: {scores: [forgetting]}",
+        step="in code: Recorded(objective), then Forgetting",
         pain="Which rows does the training learn once and keep, and can therefore do without?",
     ),
     Method(

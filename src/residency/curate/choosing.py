@@ -53,7 +53,10 @@ def choose(
         raise DataError(f"`filter: {params.filter}` is a value, not a condition", hint="compare it: ifd < 1")
     if values.dtype.kind not in "fi":
         raise DataError(f"`quality: {quality}` is no number", hint="a formula over the scores, high is good")
-    valued = np.isfinite(values)
+    valued = ~np.isnan(values)
+    finite = values[np.isfinite(values)]
+    if len(finite):  # an infinite quality (a text that repeats no word) is the best or worst there is
+        values = np.clip(values, finite.min(), finite.max())
     there = np.flatnonzero(passed & valued)
     reasons = np.full(size, "", object)
     reasons[~passed] = f"dropped: filter ({params.filter})"

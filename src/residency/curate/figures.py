@@ -196,7 +196,7 @@ def _distribution(column: str, values: np.ndarray, kept: np.ndarray) -> dict[str
         "group": group,
         "xlabel": f"{column}, from",
         "ylabel": "% of rows",
-        "note": f"{without:,} rows have no value." if without else "",
+        "note": f"{without:,} rows have no finite value." if without else "",
     }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from residency.catalog import load, method
 from residency.curate.scoring import Score
+from residency.errors import DataError
 
 if TYPE_CHECKING:
     from residency.rows import Row
@@ -83,11 +84,23 @@ class Supply(dict[str, Any]):
         ]
 
 
+def column_of(column: str, score: Score, supply: Supply) -> np.ndarray:
+    """The values of a score.
+
+    Raises:
+        DataError: When these rows cannot be scored; the message names the column.
+    """
+    try:
+        return np.asarray(score.score(*supply.of(score.needs)), float)
+    except ValueError as error:
+        raise DataError(f"the score `{column}` cannot be computed: {error}") from None
+
+
 def texts_of(rows: Sequence[Row]) -> dict[str, Callable[[], Any]]:
     """Makers of the inputs that come from the rows themselves."""
 
     def tokens() -> Any:
-        from residency.curate.lexical import Tokens
+        from residency.curate.lexicaltokens import Tokens
 
         return Tokens.of([r.content for r in rows])
 
@@ -165,7 +178,7 @@ class Measurer:
         for column, score in self._scores:
             if "judge" in score.needs:
                 supply["judge"] = self._judge(score)
-            found[column] = np.asarray(score.score(*supply.of(score.needs)), float)
+            found[column] = column_of(column, score, supply)
         for name, made in ((EMBEDDINGS, "embeddings"), (GRADIENTS, "gradients")):
             if name in self.work.extras:
                 found[name] = supply[made]

@@ -7,7 +7,7 @@ has to know: whoever can supply the names below (the recipe step does, each comp
     texts             list[str]   question and answer of every row as one text
     questions         list[str]   what is asked
     answers           list[str]   what is answered
-    tokens            lexical.Tokens   the texts' words as numbers
+    tokens            lexicaltokens.Tokens   the texts' words as numbers
     labels            list[str | None]   the class of a row
     tags              list[tuple[str, …]]   the tags of a row
     embeddings        [N, D]      of the texts, by a sentence encoder

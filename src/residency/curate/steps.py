@@ -19,7 +19,17 @@ from pydantic import create_model
 from residency import catalog
 from residency.curate.budget import rows_of
 from residency.curate.choosing import choose
-from residency.curate.measuring import EMBEDDINGS, GRADIENTS, TOKENS, Measurer, Supply, Work, tags_of, texts_of
+from residency.curate.measuring import (
+    EMBEDDINGS,
+    GRADIENTS,
+    TOKENS,
+    Measurer,
+    Supply,
+    Work,
+    column_of,
+    tags_of,
+    texts_of,
+)
 from residency.curate.params import Curating, CuratingSome
 from residency.curate.pool import Pool
 from residency.curate.scoring import Budgeted, Selection, Selector
@@ -235,7 +245,7 @@ class Curate(Step):
         supply = self._supply(pool, measured, measurer, columns)
         rest = [(column, score) for column, score in loaded if column not in columns]
         for column, score in sorted(rest, key=lambda each: "columns" in each[1].needs):
-            columns[column] = np.asarray(score.score(*supply.of(score.needs)), float)
+            columns[column] = column_of(column, score, supply)
         columns = {column: columns[column] for column, _ in loaded}
         known = {**columns, **pool.facts()}
         chosen = choose(self.selector, p, self._quality_text(), known, supply, measured.get(TOKENS), job.seed)
@@ -283,7 +293,7 @@ class Curate(Step):
             return [value for rows in pool.chunks() for value in texts_of(rows)[name]()]
 
         def tokens() -> Any:
-            from residency.curate.lexical import Tokens
+            from residency.curate.lexicaltokens import Tokens
 
             return Tokens.of(supply["texts"])
 

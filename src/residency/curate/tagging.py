@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from residency.curate.lexical import words
+from residency.curate.lexicaltokens import words
 
 
 def keywords(texts: Sequence[str], per_text: int = 3) -> list[tuple[str, ...]]:
