@@ -40,6 +40,8 @@ def value(text):
         ("percentile(length) > 50", [0, 1, 1, 0, 1]),
         ("rank(length) <= 2", [0, 1, 1, 0, 0]),
         ("least-confidence*2 - -1 > 1.5", [0, 0, 1, 1, 1]),
+        ("-least-confidence < -0.3", [0, 0, 0, 1, 1]),
+        ("1 -least-confidence < 0.75", [0, 0, 1, 1, 1]),
         ("minimum(length, 8) ** 2 == 64", [0, 1, 1, 0, 1]),
     ],
 )

@@ -264,8 +264,10 @@ def test_every_selector_chooses_in_a_recipe(curated, by):
     more = {"quotas": "", "k-shot": "near-duplicates: 1, ", "deita": "near-duplicates: 1, "}.get(by, "")
     if by == "deita" and "near_duplicates" not in curate_by(by).Params.model_fields:
         more = ""
+    asks = {n.removesuffix("?") for n in curate_by(by).selector.needs} & {"embeddings"}
     steps, (folder,) = curated(
-        f"curate: {{by: {by}, pool: data/pool.jsonl, {budget}{more}scores: [{{distinct: {{n: 2}}}}], {ENCODER}}}"
+        f"curate: {{by: {by}, pool: data/pool.jsonl, {budget}{more}scores: [{{distinct: {{n: 2}}}}]"
+        f"{', ' + ENCODER if asks else ''}}}"
     )
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     kept = [place for place in table["chosen"] if place]
@@ -284,9 +286,21 @@ def test_models_that_do_not_fit_are_refused_in_the_plan(curated):
         ("by: top", "none is named"),
         ("by: top, scores: [ifd, mtld]", "does not say which"),
         ("by: top, scores: [perplexity]", "does not say which"),
+        ("by: k-centre, quality: line", "would be idle"),
+        ("by: top, scores: [mtld], encoder: tiny-text-encoder", "`encoder` is given"),
+        ("by: top, scores: [mtld], reader: tiny-llama", "`reader` is given"),
+        ("by: top, scores: [mtld], batch: 8", "`batch` is given"),
     ):
         with pytest.raises(PlanError, match=says):
             curated(f"curate: {{pool: data/pool.jsonl, {keys}}}")
+
+
+def test_a_missing_preference_comes_last_and_drops_nothing(curated):
+    lines = [qa(i) for i in range(20, 25)] * 1 + [qa(i) | {"output": "x"} for i in range(25, 28)]
+    write_jsonl(curated.root / "data" / "pool.jsonl", lines)
+    steps, (folder,) = curated("curate: {pool: data/pool.jsonl, by: minhash, scores: [hdd]}")
+    assert steps[0]["summary"]["missing_hdd"] == 8
+    assert steps[0]["summary"]["kept"] == 8
 
 
 def test_a_score_that_cannot_be_computed_says_which(curated):

@@ -57,6 +57,9 @@ def choose(
     finite = values[np.isfinite(values)]
     if len(finite):  # an infinite quality (a text that repeats no word) is the best or worst there is
         values = np.clip(values, finite.min(), finite.max())
+    if selector is not None and "quality?" in selector.needs:  # a preference: who has none comes last
+        values = np.where(valued, values, finite.min() if len(finite) else 0.0)
+        valued[:] = True
     there = np.flatnonzero(passed & valued)
     reasons = np.full(size, "", object)
     reasons[~passed] = f"dropped: filter ({params.filter})"

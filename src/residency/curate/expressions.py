@@ -98,7 +98,7 @@ class Formula:
         self._known = {_plain(name): name for name in known}
         # a hyphen in a column's name is no minus: write it as Python can read it
         hyphened = sorted((name for name in known if "-" in name), key=len, reverse=True)
-        pattern = "|".join(rf"(?<![\w-]){re.escape(name)}(?![\w-])" for name in hyphened)
+        pattern = "|".join(rf"(?<!\w)(?<!\w-){re.escape(name)}(?!\w)(?!-\w)" for name in hyphened)
         parts = re.split(r"""('[^']*'|"[^"]*")""", text)
         if pattern:
             parts[::2] = [re.sub(pattern, lambda m: _plain(m[0]), part) for part in parts[::2]]

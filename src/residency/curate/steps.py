@@ -130,10 +130,10 @@ class Curate(Step):
 
     def tiny(self) -> Curate:
         """See `Step.tiny`."""
-        smaller: dict[str, Any] = {"encoder": "tiny-text-encoder"}
-        smaller |= {name: "tiny-llama" for name in ("reader", "judge") if getattr(self.params, name)}
-        if hasattr(self.params, "keep"):
-            smaller["keep"] = 8
+        twins = {"encoder": "tiny-text-encoder", "reader": "tiny-llama", "judge": "tiny-llama"}
+        smaller: dict[str, Any] = {name: twin for name, twin in twins.items() if name in self.bases()}
+        smaller |= {"filter": "line > 0"} if self.params.filter else {}
+        smaller |= {"keep": 8} if hasattr(self.params, "keep") else {}
         if self.by == "k-shot":
             smaller["near_duplicates"] = 1.0
         return type(self)(self.params.model_copy(update=smaller))
@@ -143,8 +143,8 @@ class Curate(Step):
         p = self.params
         if self.selector is None and p.filter is None:
             raise PlanError("`by: filter` has nothing to filter by", hint="filter: 'length > 20', or another `by`")
-        if "quality" in self._required:
-            self._quality_text()
+        self._quality_text()
+        self._refuse_idle_keys()
         if "reward" in self._models and p.reward is None:
             raise PlanError(
                 "the score `reward` needs a reward model", hint="reward: a sequence classifier with one logit"
@@ -168,9 +168,20 @@ class Curate(Step):
         notes = (f"{pool:,} pool rows → {'at most ' if kept == pool else ''}{kept:,}",)
         return Forecast(after, flops=flops, seconds=5, peak_bytes=(400 << 20) + 1600 * pool, notes=notes)
 
-    @property
-    def _required(self) -> tuple[str, ...]:
-        return self.selector.needs if self.selector else ()
+    def _refuse_idle_keys(self) -> None:
+        """Refuse keys of models that nothing asks for.
+
+        Raises:
+            PlanError: With what would ask for them.
+        """
+        asked = set(self.bases()) | self._models
+        uses = {"encoder": "embeddings", "reader": "a model", "judge": "the score `judge`", "reward": "a reward model"}
+        given = self.params.model_fields_set
+        for name, what in uses.items():
+            if name in given and name not in asked:
+                raise PlanError(f"`{name}` is given, and no score or selector here asks for {what}")
+        if "batch" in given and "encoder" not in asked:
+            raise PlanError("`batch` is given, and no score or selector here asks for embeddings")
 
     @property
     def _passes(self) -> float:
@@ -188,14 +199,18 @@ class Curate(Step):
         Raises:
             PlanError: When it needs one and none can be told.
         """
-        p = self.params
+        p, needs = self.params, self.selector.needs if self.selector else ()
+        if "quality" not in needs and "quality?" not in needs:
+            if p.quality is not None:
+                raise PlanError(f"`by: {self.by}` ranks rows by nothing, so `quality` would be idle", hint="by: top")
+            return None
         if p.quality is not None:
             return p.quality
         loaded = p.loaded
         if len(loaded) == 1 and loaded[0][1].good != "middle":
             column, score = loaded[0]
             return column if score.good == "high" else f"-{column}"
-        if "quality" not in self._required:
+        if "quality" not in needs:
             return None
         if not loaded:
             raise PlanError(f"`by: {self.by}` ranks rows by a score, and none is named", hint="scores: [ifd]")
