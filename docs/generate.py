@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from residency import catalog
-from residency.explain import _line, sections
+from residency.explain import _line, grouped, scores, sections
 
 OUT = Path(__file__).parent / "generated"
 
@@ -43,7 +43,17 @@ def main() -> None:
     pains = ["# Your pain → the method", "", "| your pain | method | in a recipe |", "| --- | --- | --- |"]
     pains += [f"| {cell(r.pain)} | {r.name} | `{cell(r.step)}` |" for r in rows]
     keys = ["# All recipe keys", ""]
+    for step in catalog.step_names():
+        keys += [f"## {step}", ""]
+        for title, lines in grouped(step):
+            keys += [f"**{title}**", "", *(f"- {line}" for line in lines), ""]
+    keys += ["## Scores of `curate`", ""]
+    for score in scores():
+        for _, lines in grouped(score.name):
+            keys += [f"**{score.name}** · {score.pain}", "", *(f"- {line}" for line in lines), ""]
     for path, model in sections().items():
+        if path.split("[")[0] in catalog.step_names() and "." not in path:
+            continue
         keys += [f"## {path or 'recipe'}", ""]
         keys += [f"- {_line(f.alias or name, f)}" for name, f in model.model_fields.items()]
         keys.append("")

@@ -111,6 +111,8 @@ def test_explain_keys_and_steps():
     assert "default 16" in residency("explain", "rank")[1]
     assert "calibrate" in residency("explain", "distill.student")[1] or residency("explain", "student.layers")[0] == 0
     assert "near-duplicates" in residency("explain", "curate")[1]
+    assert "neighbour" in residency("explain", "knn")[1]
+    assert residency("explain", "curate")[1].count("Where rows are measured") == 1
     code, _, err = residency("explain", "tune.rnk")
     assert code == 2
     assert "did you mean `tune.rank`" in err

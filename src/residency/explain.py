@@ -38,14 +38,13 @@ def explain(key: str) -> Iterator[str]:
         RecipeError: When no key is called so; the nearest is named.
     """
     step, _, last = key.rpartition(".")
-    steps = [row for row in catalog.STEPS if row.name == key]
-    for row in steps:
-        variant = f" {{{row.selector}: {row.variant}}}" if row.selector else ""
-        yield f"{row.name}{variant}: {row.summary}"
-        for name, field in catalog.load(row.object).Params.model_fields.items():
-            yield f"  {_line(field.alias or name, field)}"
-    found = bool(steps)
+    rows = [*catalog.step_rows(key), *(m for m in scores() if m.name == key)]
+    for title, lines in grouped(key):
+        yield title
+        yield from (f"  {line}" for line in lines)
+    found = bool(rows)
     names: list[str] = []
+    said: dict[str, list[str]] = {}
     for path, model in sections().items():
         plain = path.split("[")[0] + (path.split("]")[1] if "]" in path else "")
         for name, field in model.model_fields.items():
@@ -53,13 +52,51 @@ def explain(key: str) -> Iterator[str]:
             names.append(f"{plain}.{alias}".lstrip("."))
             if alias == last and (not step or plain == step or plain.endswith(f".{step}")):
                 found = True
-                yield f"{path or 'recipe'} · {_line(alias, field)}"
+                said.setdefault(_line(alias, field), []).append(path or "recipe")
+    for line, paths in said.items():
+        yield f"{paths[0] if len(paths) == 1 else _together(paths)} · {line}"
     if not found:
         guess = catalog.nearest(key, names) or catalog.nearest(last, [n.rsplit(".", 1)[-1] for n in names])
         raise RecipeError(
             f"no key is called `{key}`" + (f"; did you mean `{guess}`?" if guess else ""),
             hint=f"steps: {', '.join(catalog.step_names())}; `residency explain tune` lists a step's keys",
         )
+
+
+def scores() -> list[catalog.Method]:
+    """The scores that `curate` takes by name."""
+    return [m for m in catalog.METHODS if m.role == "Scorer" and m.stage == "curate"]
+
+
+def grouped(step: str) -> Iterator[tuple[str, list[str]]]:
+    """The keys of a step as (heading, lines): those that all its variants share first, then each variant's own.
+
+    Args:
+        step: The name of a step, or of a score; nothing is yielded for a name that is neither.
+    """
+    for score in scores():
+        if score.name == step:
+            keys = [_line(f.alias or name, f) for name, f in score.load().model_fields.items()]
+            yield f"{score.step}: {score.title} ({score.reference})", keys or ["no keys of its own"]
+    rows = catalog.step_rows(step)
+    if not rows:
+        return
+    models = [catalog.load(row.object).Params for row in rows]
+    lines = [[_line(f.alias or name, f) for name, f in model.model_fields.items()] for model in models]
+    shared = [line for line in lines[0] if all(line in each for each in lines)] if len(rows) > 1 else []
+    if shared:
+        yield f"{step}, whatever `{rows[0].selector}` is:", shared
+    for row, each in zip(rows, lines, strict=True):
+        variant = f" {{{row.selector}: {row.variant}}}" if row.selector else ""
+        yield f"{row.name}{variant}: {row.summary}", [line for line in each if line not in shared]
+
+
+def _together(paths: list[str]) -> str:
+    """`curate[by=top]`, `curate[by=dpp]` as one: curate[by=top|dpp]."""
+    heads = {path.split("=")[0] for path in paths}
+    if len(heads) > 1 or "=" not in paths[0] or not all(path.endswith("]") for path in paths):
+        return ", ".join(paths)
+    return f"{heads.pop()}={'|'.join(path.split('=')[1][:-1] for path in paths)}]"
 
 
 def _line(alias: str, field: FieldInfo) -> str:
@@ -83,9 +120,15 @@ def vars_of(constraint: object) -> Iterator[object]:
 
 
 def _name(annotation: object) -> str:
-    options = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
         return " | ".join(str(o) for o in options)
+    if origin is tuple and len(options) == 2 and options[1] is Ellipsis:
+        return f"list of {_name(options[0])}"
+    if origin is tuple:
+        return f"({', '.join(_name(o) for o in options)})"
+    if origin is dict:
+        return "mapping"
     if options:
         return " | ".join("nothing" if o is type(None) else _name(o) for o in options)
     return getattr(annotation, "__name__", str(annotation))
