@@ -272,6 +272,31 @@ def predict(
 
 
 @app.command()
+def augment(
+    file: Annotated[Path, typer.Argument(help="JSONL of {text or tokens, spans: [{slot, start, end}]}.")],
+    out: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    copies: Annotated[int, typer.Option(help="Copies of every row with a span.", min=0, max=100)] = 2,
+    rate: Annotated[float, typer.Option(help="Chance of each value to be replaced.", min=0, max=1)] = 1.0,
+    words: Annotated[bool, typer.Option("--words", help="New values are real words, not random letters.")] = False,
+    negatives: Annotated[bool, typer.Option("--negatives", help="Also copy rows without a span.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the new values.", min=0)] = 0,
+) -> None:
+    """Copy rows with labelled spans, their values replaced by new ones and every span kept right."""
+    from residency.curate.spanfile import augment_file
+    from residency.curate.spans import SpanReplace
+
+    generator = "words" if words else "random"
+    method = SpanReplace.model_validate(
+        {"copies": copies, "rate": rate, "generator": generator, "negatives": negatives, "seed": seed}
+    )
+    done = augment_file(file, out, method)
+    _say(
+        f"{done['rows']:,} rows and {done['copies']:,} copies with {done['replaced']:,} new values; "
+        f"rows with a span: {done['before']:.0%} before, {done['after']:.0%} after.  {out}"
+    )
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A run directory, or a model folder.")],
     to: Annotated[str, typer.Option("--to", help="hf, gguf or onnx.")] = "hf",

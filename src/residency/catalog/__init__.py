@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from residency.catalog import adapt, compress, curate, diversity, evaluate, importance, infer, quality, selectors
+from residency.catalog import (
+    adapt,
+    augment,
+    compress,
+    curate,
+    diversity,
+    evaluate,
+    importance,
+    infer,
+    quality,
+    selectors,
+)
 from residency.catalog.rows import Method, Role, Stage, StepRow, load
 from residency.errors import ResidencyError
 
@@ -32,7 +43,7 @@ __all__ = [
 _STAGES = (curate, adapt, compress, infer, evaluate)
 
 METHODS: tuple[Method, ...] = (
-    *(row for part in (quality, diversity, importance, selectors) for row in part.METHODS),
+    *(row for part in (quality, diversity, importance, selectors, augment) for row in part.METHODS),
     *(row for stage in _STAGES for row in stage.METHODS),
 )
 

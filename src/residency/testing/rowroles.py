@@ -91,11 +91,11 @@ class ScorerCase(RowsCase):
         import numpy as np
 
         inputs = self.problem()
-        kept, state = copy.deepcopy(inputs), _random_states()
+        kept, state = copy.deepcopy(inputs), random_states()
         a, b = (np.asarray(self.score(*inputs, **self.settings[0])) for _ in range(2))
         np.testing.assert_array_equal(a, b)
         _same(inputs, kept)
-        assert _random_states() == state, "a global random state moved"
+        assert random_states() == state, "a global random state moved"
 
     def check_alone(self) -> None:
         """A row's score depends on the other rows just where the class says so."""
@@ -171,13 +171,13 @@ class SelectorCase(RowsCase):
     def check_deterministic_and_pure(self) -> None:
         """The same call gives the same answer; inputs and the global random states stay as they were."""
         inputs = self.problem()
-        kept, state = copy.deepcopy(inputs), _random_states()
+        kept, state = copy.deepcopy(inputs), random_states()
         for params in self.settings:
             a, b = (self.select(*inputs, **params) for _ in range(2))
             assert a.indices.tolist() == b.indices.tolist()
             assert list(a.reasons) == list(b.reasons)
         _same(inputs, kept)
-        assert _random_states() == state, "a global random state moved"
+        assert random_states() == state, "a global random state moved"
 
     def check_order(self) -> None:
         """Shuffled rows give the same choice, in the same order, unless the case says that it follows their order."""
@@ -235,7 +235,8 @@ def _taken(rows: Any, order: list[int]) -> Any:
     return rows.take(order) if hasattr(rows, "take") else [rows[i] for i in order]
 
 
-def _random_states() -> str:
+def random_states() -> str:
+    """The global random states of Python, numpy and torch, to be compared."""
     import random
 
     import numpy as np

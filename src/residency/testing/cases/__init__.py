@@ -6,6 +6,7 @@ import inspect
 
 from residency.testing.cases import (
     adapt,
+    augment,
     compress,
     diversity,
     drafting,
@@ -28,7 +29,7 @@ def _cases() -> dict[str, Factory]:
     """Every case class that names a method."""
     found: dict[str, Factory] = {}
     for module in (
-        *(quality, diversity, importance, selectors, replay),
+        *(quality, diversity, importance, selectors, replay, augment),
         *(adapt, prototypes, noisy, prompts),
         *(compress, losses, drafting, eviction, evaluate, sinks),
     ):
