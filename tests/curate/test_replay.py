@@ -152,3 +152,20 @@ def test_what_does_not_fit_is_refused():
     vectors[3] = 0
     with pytest.raises(ValueError, match="no cosine"):
         Replay().select(tasks, instructions, vectors, tags, *new)
+
+
+def test_equals_are_drawn_by_lot_and_not_by_their_place():
+    names = [f"q{i}" for i in range(40)]
+    vectors = np.ones((40, 2))
+    tags = [(f"only {i}",) for i in range(40)]
+
+    def taken(order, seed):
+        found = Replay(per_task=6, seed=seed).select(
+            ["a"] * 40, [names[i] for i in order], vectors, [tags[i] for i in order], ["n"], vectors[:1], [("n",)]
+        )
+        return {order[i] for i in found.indices.tolist()}
+
+    forward = taken(list(range(40)), 0)
+    assert forward == taken(list(range(39, -1, -1)), 0)
+    assert forward != taken(list(range(40)), 1)
+    assert forward != set(range(6))

@@ -15,7 +15,8 @@ So **more is replayed of what is less like the new task**, and within a task of 
 The paper's are the equations; its instructions come from Super-NaturalInstructions and its tags from GPT-4. Here tags
 are whatever the caller has (`tagging.keywords` needs no model). Our choices: a quota never exceeds what a task has, and
 what cannot be used goes to the others in proportion; equal distances (all 0 too) give equal quotas; an instruction
-never gets more rows than it has; tasks whose InsInfo is 0 throughout share evenly; ties go to the earlier row.
+never gets more rows than it has; tasks whose InsInfo is 0 throughout share evenly; instructions of equal InsInfo are
+taken by lot (from the seed and their text).
 
 Paper: Wang, Liu, Shi et al., "InsCL: A Data-efficient Continual Learning Paradigm for Fine-tuning Large Language Models
 with Instructions", NAACL 2024, arXiv 2403.11435. Official code: OPPO-Mente-Lab/InsCL @3ad357c (read for facts; it does
@@ -30,6 +31,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -160,7 +162,8 @@ class Replay(Selector):
         groups: dict[str, list[int]] = {}
         for i, text in enumerate(instructions):
             groups.setdefault(text, []).append(i)
-        order = sorted(groups.values(), key=lambda g: -info[g[0]])
+        # among equals, not the first in the file: rows of one source stand together
+        order = [groups[text] for text in sorted(groups, key=lambda t: (-info[groups[t][0]], _lot(self.seed, t)))]
         shuffled = [rng.permutation(group).tolist() for group in order]
         if m < len(order):
             return np.array([group[0] for group in shuffled[:m]], np.int64)
@@ -176,6 +179,10 @@ class Replay(Selector):
                 spare = np.repeat(np.arange(len(order)), take - 1)
                 take[rng.choice(spare)] -= 1
         return np.array([i for group, n in zip(shuffled, take, strict=True) for i in group[:n]], np.int64)
+
+
+def _lot(seed: int, text: str) -> bytes:
+    return blake2b(f"{seed} {text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def quotas(distances: Sequence[float], per_task: int, sizes: Sequence[int]) -> list[int]:
