@@ -49,7 +49,7 @@ def chunks(tmp_path, monkeypatch):
 
     encoder = bases.resolve("tiny-text-encoder", tmp_path).folder
     scores = (Wanted("mtld", "mtld"), Wanted("pairs", "distinct", {"n": 2}), Wanted("similarity", "similarity"))
-    work = Work(scores, (EMBEDDINGS,), examples, encoder, encoder, 4, "cpu", 0)
+    work = Work(scores, (EMBEDDINGS,), examples, {"encoder": encoder, "reader": encoder}, 4, "cpu", 0)
     return pool.files, work
 
 
