@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from residency.rows import Row, write
 from residency.rows import load as load_rows
 
 ray = pytest.importorskip("ray", reason="needs the extra `scale`")
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +37,13 @@ def two_nodes():
 
 @pytest.fixture
 def chunks(tmp_path, monkeypatch):
-    """Twelve chunk files, what to measure, and what one process measures."""
+    """Six chunk files, what to measure, and what one process measures."""
     monkeypatch.setattr("residency.curate.pool.CHUNK", 8)
     rng = np.random.default_rng(0)
     words = [f"w{'x' * i}" for i in range(30)]
     rows = [
         Row(id=str(i), messages=(("user", f"question {i}"), ("assistant", " ".join(rng.choice(words, 80)))), line=i)
-        for i in range(93)
+        for i in range(45)
     ]
     pool = Pool.gather(rows, tmp_path / "pool")
     examples = tmp_path / "examples.jsonl"
@@ -75,13 +78,24 @@ def test_a_killed_worker_is_replaced_and_its_chunk_measured_again(two_nodes, chu
     import psutil
 
     files, work = chunks
-    found, killed = {}, []
-    for i, data in measured(files, work, 2):
-        found[i] = data
-        if not killed:
-            workers = [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]
-            assert workers, "no worker process found"
-            os.kill(workers[0].pid, signal.SIGKILL)
-            killed.append(workers[0].pid)
+    killed, done, began = [], threading.Event(), time.time()
+
+    def kill_one():
+        """The first worker that is seen at a chunk."""
+        while not killed and not done.wait(0.02):
+            for process in psutil.process_iter(["cmdline", "create_time"]):
+                if process.info["create_time"] > began and "MapWorker" in " ".join(process.info["cmdline"] or []):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                    break
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        found = dict(measured(files, work, 2))
+    finally:
+        done.set()
+        killer.join()
     assert killed
     same(found, files, work)

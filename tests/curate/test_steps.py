@@ -281,8 +281,8 @@ def test_every_selector_chooses_in_a_recipe(curated, by):
 def test_models_that_do_not_fit_are_refused_in_the_plan(curated):
     for keys, says in (
         ("by: top, scores: [reward]", "needs a reward model"),
-        ("by: top, scores: [ifd], reader: tiny-text-encoder", "`reader` must be a causal-lm"),
-        ("by: k-centre, encoder: tiny-llama", "`encoder` must be a text-encoder"),
+        ("by: top, scores: [ifd], reader: tiny-text-encoder", "`reader` needs a causal-lm"),
+        ("by: k-centre, encoder: tiny-llama", "`encoder` needs a text-encoder"),
         ("by: top", "none is named"),
         ("by: top, scores: [ifd, mtld]", "does not say which"),
         ("by: top, scores: [perplexity]", "does not say which"),
@@ -317,3 +317,12 @@ def test_an_infinite_quality_is_the_best_there_is(curated):
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     assert np.isinf(table["vocd"]).any()
     assert {i for i, place in enumerate(table["chosen"]) if place} == set(range(10, 20))
+
+
+def test_rows_without_a_label_are_labelled_by_their_tag(curated):
+    lines = [qa(i, t) | {"category": t} for t in ("permit", "music") for i in range(8)]
+    write_jsonl(curated.root / "data" / "examples.jsonl", lines)
+    _, (folder,) = curated(f"curate: {{pool: data/pool.jsonl, by: top, keep: 5, scores: [knn-shapley], {ENCODER}}}")
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    assert np.isfinite(table["knn-shapley"]).all()
+    assert np.std(table["knn-shapley"]) > 0

@@ -108,10 +108,15 @@ def texts_of(rows: Sequence[Row]) -> dict[str, Callable[[], Any]]:
         "texts": lambda: [r.content for r in rows],
         "questions": lambda: [r.prompt for r in rows],
         "answers": lambda: [r.answer for r in rows],
-        "labels": lambda: [r.label for r in rows],
+        "labels": lambda: [label_of(r) for r in rows],
         "tags": lambda: [tags_of(r.tag) for r in rows],
         "tokens": tokens,
     }
+
+
+def label_of(row: Row) -> str | None:
+    """The class of a row: its label, or its tag where it is not a row to classify."""
+    return row.label if row.label is not None else row.tag
 
 
 def tags_of(tag: str | None) -> tuple[str, ...]:
@@ -161,7 +166,7 @@ class Measurer:
                 "adapted": self._load_adapted,
                 "examples": self._load_examples,
                 "example_texts": lambda: [r.content for r in self._kept["examples"]],
-                "example_labels": lambda: [r.label for r in self._kept["examples"]],
+                "example_labels": lambda: [label_of(r) for r in self._kept["examples"]],
                 "example_embeddings": lambda: self.embed(self._kept["examples"]),
                 "example_gradients": lambda: self.gradients(self._kept["examples"]),
             }

@@ -8,7 +8,7 @@ has to know: whoever can supply the names below (the recipe step does, each comp
     questions         list[str]   what is asked
     answers           list[str]   what is answered
     tokens            lexicaltokens.Tokens   the texts' words as numbers
-    labels            list[str | None]   the class of a row
+    labels            list[str | None]   the class of a row (the step takes its tag where it has no label)
     tags              list[tuple[str, …]]   the tags of a row
     embeddings        [N, D]      of the texts, by a sentence encoder
     reading           reading.Reading   what one forward pass of a language model says of every row

@@ -155,7 +155,7 @@ class Curate(Step):
             if facts.kind != kind:
                 ref = getattr(p, name) or "the model at this point"
                 hint = f"{name}: {known}"
-                raise PlanError(f"`{name}` must be a {kind}, and {ref} is a {facts.kind}", hint=hint)
+                raise PlanError(f"`{name}` needs a {kind}, and `{ref}` is of kind {facts.kind}", hint=hint)
         pool = state.pool_rows if p.pool else state.rows
         kept = min(pool, rows_of(getattr(p, "keep", "100%"), pool) or pool)
         after = replace(state, rows=(state.rows if p.pool else 0) + kept)
@@ -318,7 +318,9 @@ class Curate(Step):
         makers |= {name: (lambda name=name: measurer.trusted(name)) for name in measurer.TRUSTED if self._can(name)}
         makers |= {
             "tokens": tokens,
-            "labels": lambda: pool.labels,
+            "labels": lambda: [
+                tag if label is None else label for label, tag in zip(pool.labels, pool.tags, strict=True)
+            ],
             "tags": lambda: [tags_of(tag) for tag in pool.tags],
             "columns": lambda: columns,
         }
