@@ -368,8 +368,11 @@ class _Run:
 
 
 def question_key(row: rows.Row) -> str:
-    """What makes two rows the same question: all said before the answer, case and spacing aside; or the image."""
-    turns = row.messages[:-1] or row.dialogue
+    """What makes two rows the same question: all said before the answer, case and spacing aside; or the image.
+
+    What a system turn says is no part of it.
+    """
+    turns = tuple(turn for turn in row.messages[:-1] if turn[0] != "system") or row.dialogue
     said = "\n".join(content for _, content in turns) or row.prompt
     return row.image or " ".join(said.lower().split())
 

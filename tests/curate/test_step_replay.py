@@ -6,7 +6,7 @@ import pytest
 
 from helpers import qa, write_jsonl
 from residency import recipe, rows, run, store
-from residency.errors import PlanError
+from residency.errors import DataError, PlanError
 from residency.report.facts import Facts
 from residency.report.groups import by_tag
 
@@ -81,3 +81,15 @@ def test_a_task_named_twice_is_refused(tasks):
     )
     with pytest.raises(PlanError, match="names a task twice"):
         run.execute(recipe.load(tasks / "recipe.yaml"), tasks / "run")
+
+
+def test_rows_of_two_tasks_are_replayed_once_and_a_task_without_rows_is_refused(tasks):
+    some = "\n".join((tasks / "data" / "first.jsonl").read_text().splitlines()[:4]) + "\n"
+    (tasks / "data" / "second.jsonl").write_text(some + (tasks / "data" / "second.jsonl").read_text())
+    _, steps, written = go(tasks)
+    assert [s["summary"]["same_in_two_tasks"] for s in steps] == [4, 4]
+    ids = [r.key() for r in written[1]]
+    assert len(ids) == len(set(ids))
+    with pytest.raises(DataError, match="every row learnt before"):
+        (tasks / "data" / "second.jsonl").write_text((tasks / "data" / "first.jsonl").read_text())
+        go(tasks)

@@ -326,3 +326,67 @@ def test_rows_without_a_label_are_labelled_by_their_tag(curated):
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     assert np.isfinite(table["knn-shapley"]).all()
     assert np.std(table["knn-shapley"]) > 0
+
+
+def test_a_seed_of_0_is_no_seed_and_others_draw_otherwise(curated):
+    def kept(*seeds):
+        steps, folders = curated(
+            *(
+                f"curate: {{by: random, pool: data/pool.jsonl, keep: 6{f', seed: {s}' if s is not None else ''}}}"
+                for s in seeds
+            )
+        )
+        tables = [pq.read_table(folder / "scores.parquet").to_pydict() for folder in folders]
+        return [[i for i, place in enumerate(t["chosen"]) if place] for t in tables]
+
+    unset, one = kept(None, 1)
+    assert unset != one
+    assert kept(0)[0] == unset
+
+
+def test_a_reason_names_lines_of_the_source(curated):
+    lines = [qa(20 + i) for i in range(12)] + [qa(25) | {"id": "copy", "instruction": qa(25)["instruction"] + " "}]
+    write_jsonl(curated.root / "data" / "pool.jsonl", lines)
+    _, (folder,) = curated("curate: {by: minhash, pool: data/pool.jsonl, filter: line > 4, threshold: 0.7}")
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    dropped = [(line, r) for line, r in zip(table["line"], table["reason"], strict=True) if "near-duplicate (" in r]
+    assert dropped == [(13, "dropped: near-duplicate (Jaccard 1.00) of line 6")]
+
+
+def test_labels_are_not_part_of_what_scores_of_labels_see(curated):
+    rng = np.random.default_rng(0)
+    words = [f"w{'x' * i}" for i in range(40)]
+    noise = [
+        {"text": " ".join(rng.choice(words, 12)), "label": str(rng.choice(["angry", "joyful"]))} for _ in range(120)
+    ]
+    write_jsonl(curated.root / "data" / "pool.jsonl", noise)
+    _, (folder,) = curated(f"curate: {{by: top, pool: data/pool.jsonl, keep: 5, scores: [aflite], {ENCODER}}}")
+    assert np.nanmean(pq.read_table(folder / "scores.parquet")["aflite"].to_numpy()) < 0.7
+
+
+def test_a_budget_no_row_fits_in_and_a_pool_of_pictures_are_refused(curated):
+    with pytest.raises(DataError, match="holds no row: the shortest has"):
+        curated(f"curate: {{by: k-shot, pool: data/pool.jsonl, keep: 3 tokens, near-duplicates: 1, {ENCODER}}}")
+    picture = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    write_jsonl(curated.root / "data" / "pool.jsonl", [{"image": picture, "label": "a"}])
+    with pytest.raises(DataError, match="a picture without a text"):
+        curated("curate: {by: random, pool: data/pool.jsonl, keep: 3}")
+
+
+def test_test_questions_stay_out_whatever_the_system_says(curated):
+    asked = qa(100)
+    turns = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": asked["instruction"]},
+        {"role": "assistant", "content": asked["output"]},
+    ]
+    write_jsonl(curated.root / "data" / "pool.jsonl", [qa(20), {"id": "leak", "messages": turns}])
+    steps, (folder,) = curated("curate: {by: random, pool: data/pool.jsonl, keep: 5}")
+    assert steps[0]["summary"]["quarantined"] == 1
+    assert not any(r.id == "leak" for r in rows.load(folder / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["id", "and", "percentile", "a b", "#embeddings", "tag"])
+def test_names_that_a_column_cannot_have(curated, name):
+    with pytest.raises(RecipeError, match="no name for a column|two columns"):
+        curated(f"curate: {{by: top, pool: data/pool.jsonl, scores: [{{mtld: {{as: '{name}'}}}}]}}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from residency.curate.measuring import Supply
 from residency.curate.params import Curating
 from residency.curate.scoring import Array, Budgeted, Selection, Selector
 from residency.errors import DataError
+
+_ROW = re.compile(r"(?<!trusted )\b((?:kept |accepted )?)(?:pool )?row (\d[\d,]*)")
 
 
 def choose(
@@ -32,7 +35,7 @@ def choose(
         columns: [N] scores and facts of every row.
         supply: Inputs over all N rows.
         tokens: [N] tokens per row, for a budget in tokens.
-        seed: The recipe's, for a selector whose seed is not set.
+        seed: The recipe's; a selector's own is added to it.
 
     Returns:
         The selection over all N rows; what the filter dropped says so.
@@ -65,7 +68,8 @@ def choose(
     reasons[~passed] = f"dropped: filter ({params.filter})"
     reasons[passed & ~valued] = f"dropped: no quality ({quality} has no value)"
     if not len(there):
-        raise DataError("no row of the pool is left to choose from", hint="loosen `filter`; see the scores")
+        why = f"`{quality}` has no value for any row" if passed.any() else f"no row meets `filter: {params.filter}`"
+        raise DataError(f"no row of the pool is left to choose from: {why}")
     if selector is None:
         reasons[there] = "kept: passes the filter"
         return Selection(there, passed.astype(float), reasons.tolist())
@@ -76,7 +80,8 @@ def choose(
     found = _selected(selector, params, inputs, len(there), None if tokens is None else tokens[there], seed)
     score = np.full(size, np.nan)
     score[there] = found.score
-    reasons[there] = np.array(list(found.reasons), object)
+    lines = columns["line"].astype(int)[there]
+    reasons[there] = np.array([_in_lines(reason, lines) for reason in found.reasons], object)
     nearest = None
     if found.nearest is not None:
         # a trusted row keeps its number, a pool row gets the one it has in the whole pool
@@ -86,14 +91,19 @@ def choose(
     return Selection(there[found.indices], score, reasons.tolist(), nearest)
 
 
+def _in_lines(reason: str, lines: np.ndarray) -> str:
+    """A selector counts the rows it was given; a reader of the report counts lines of the source."""
+    return _ROW.sub(lambda m: f"{m[1]}line {lines[int(m[2].replace(',', '')) - 1]}", reason)
+
+
 def _selected(
     selector: type[Selector], params: Curating, inputs: Supply, rows: int, tokens: Array | None, seed: int
 ) -> Selection:
     """Run the selector within the budget."""
     fields = selector.model_fields
     keys = {name: getattr(params, name) for name in fields if name != "keep"}
-    if "seed" in fields and "seed" not in params.model_fields_set:
-        keys["seed"] = seed
+    if "seed" in fields:  # of equal recipes with other seeds other draws; 0 and not named are the same
+        keys["seed"] += seed
 
     def run(keep: int) -> Selection:
         more = {"keep": keep} if issubclass(selector, Budgeted) else {}
@@ -107,6 +117,8 @@ def _selected(
     if count is not None:
         return run(count)
     assert tokens is not None
+    if int(str(budget).split()[0]) < tokens.min():
+        raise DataError(f"`keep: {budget}` holds no row: the shortest has {int(tokens.min()):,} tokens")
     found, fits = within_tokens(str(budget), tokens, run, rows)
     reasons = list(found.reasons)
     for i in found.indices[fits:].tolist():

@@ -140,7 +140,8 @@ def _tags(pool: Pool, chosen: Selection) -> dict[str, Any]:
         "kind": "table",
         "title": "Where the kept rows come from",
         "columns": ["tag", "kept", "dropped"],
-        "rows": [[t, k, d] for t, (k, d) in sorted(counts.items(), key=lambda e: -e[1][0])],
+        "rows": [[t, k, d] for t, (k, d) in sorted(counts.items(), key=lambda e: -e[1][0])[:200]],
+        "note": f"The first 200 of {len(counts):,} tags." if len(counts) > 200 else "",
     }
 
 

@@ -114,6 +114,11 @@ def texts_of(rows: Sequence[Row]) -> dict[str, Callable[[], Any]]:
     }
 
 
+def text_of(row: Row) -> str:
+    """A row as a text to embed: what is asked and answered, or what is to be classified, without its label."""
+    return row.content if row.messages else row.prompt
+
+
 def label_of(row: Row) -> str | None:
     """The class of a row: its label, or its tag where it is not a row to classify."""
     return row.label if row.label is not None else row.tag
@@ -164,6 +169,7 @@ class Measurer:
                 "judge": partial(self._load_reader, "judge"),
                 "reward": self._load_reward,
                 "adapted": self._load_adapted,
+                "tokenizer": self._load_tokenizer,
                 "examples": self._load_examples,
                 "example_texts": lambda: [r.content for r in self._kept["examples"]],
                 "example_labels": lambda: [label_of(r) for r in self._kept["examples"]],
@@ -188,9 +194,7 @@ class Measurer:
             if name in self.work.extras:
                 found[name] = supply[made]
         if TOKENS in self.work.extras:
-            tokenizer = self._kept["reader"][1]
-            ids = tokenizer([r.content for r in rows], add_special_tokens=False)["input_ids"]
-            found[TOKENS] = np.array([len(i) for i in ids], float)
+            found[TOKENS] = np.array([self._length(row) for row in rows], float)
         return found
 
     def supply(self, rows: Sequence[Row], advance: Callable[[int], None] | None = None) -> Supply:
@@ -208,13 +212,22 @@ class Measurer:
             }
         )
 
+    def _length(self, row: Row) -> int:
+        """Tokens of a row as it would be trained on."""
+        from residency.tokens import encode
+
+        tokenizer = self._kept["tokenizer"]
+        if row.messages:
+            return len(encode(row, tokenizer))
+        return len(tokenizer(row.content)["input_ids"])
+
     def trusted(self, name: str) -> Any:
         """An input of the trusted rows, one of `TRUSTED`."""
         return self._kept[name]
 
     def embed(self, rows: Sequence[Row]) -> np.ndarray:
-        """[n, D] of rows as texts."""
-        return self._kept["encoder"].encode([r.content for r in rows], batch=self.work.batch)
+        """[n, D] of rows as texts: question and answer, but never a label, which scores of labels are to judge."""
+        return self._kept["encoder"].encode([text_of(r) for r in rows], batch=self.work.batch)
 
     def gradients(self, rows: Sequence[Row]) -> np.ndarray:
         """[n, P] projected gradients of a fresh adapter's B factors: of every weight, seen through its random A."""
@@ -268,8 +281,14 @@ class Measurer:
         folder = self.work.models[name]
         if name != "reader" and folder == self.work.models["reader"]:
             return self._kept["reader"]
-        tokenizer = bases.load_tokenizer(folder, remote_code=self.work.remote_code)
-        return bases.load_causal_lm(folder, self.work.device, remote_code=self.work.remote_code), tokenizer
+        remote = self.work.remote_code and name == "reader"  # what is allowed to the base is not to another model
+        tokenizer = bases.load_tokenizer(folder, remote_code=remote)
+        return bases.load_causal_lm(folder, self.work.device, remote_code=remote), tokenizer
+
+    def _load_tokenizer(self) -> Any:
+        from residency import bases
+
+        return bases.load_tokenizer(self.work.models["reader"], remote_code=self.work.remote_code)
 
     def _load_adapted(self) -> tuple[Any, Any]:
         import torch

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from keyword import iskeyword
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from residency.catalog import METHODS, nearest
 from residency.curate.budget import Budget
-from residency.curate.expressions import Formula
+from residency.curate.expressions import FUNCTIONS, Formula
 from residency.curate.measuring import Wanted
 from residency.curate.scoring import Score
 from residency.errors import ResidencyError
@@ -18,6 +20,8 @@ from residency.step import Params
 SCORES = tuple(m.name for m in METHODS if m.stage == "curate" and m.role == "Scorer")
 FACTS = ("tag", "label", "line")
 """Columns every pool has without a score."""
+RESERVED = frozenset({"id", "chosen", "reason", *FUNCTIONS})
+"""Names that formulas or the table of scores use otherwise."""
 
 
 def _checked(scores: Any) -> Any:
@@ -31,7 +35,9 @@ def _checked(scores: Any) -> Any:
                 + (f"; did you mean `{guess}`?" if guess else "")
                 + " `residency methods` lists them"
             )
-        if column in seen or column in FACTS:
+        if not re.fullmatch(r"[A-Za-z][\w-]*", column) or iskeyword(column) or column in RESERVED:
+            raise ValueError(f"`as: {column}` is no name for a column: letters, digits and hyphens, and no word in use")
+        if column.replace("-", "_") in {each.replace("-", "_") for each in (*seen, *FACTS)}:
             raise ValueError(f"two columns are called `{column}`: give one a name, {{{name}: {{as: {name}-2}}}}")
         seen.add(column)
         try:
@@ -113,4 +119,4 @@ class CuratingSome(Curating):
     """Keys of `curate` steps that keep a stated amount."""
 
     keep: Budget = 1000
-    """How much: rows (400), a share of the pool (20%), or tokens (50000 tokens)."""
+    """How much: rows (400), a share of what passes the filter (20%), or tokens as trained on (50000 tokens)."""

@@ -47,21 +47,25 @@ def augment_file(source: Path, target: Path, method: SpanReplace) -> dict[str, A
 
 def _rows(source: Path) -> list[Row]:
     try:
-        text = source.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError("there is no such file", where=str(source)) from None
+        text = source.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}", where=str(source)) from None
     except UnicodeDecodeError:
         raise DataError("the file is not UTF-8 text", where=str(source), hint="save it as UTF-8") from None
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         where = f"{source}:{number}"
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise TypeError
+                raise json.JSONDecodeError("no object", line, 0)
             checked(row, "the row")
-        except (json.JSONDecodeError, TypeError):
+        except (json.JSONDecodeError, RecursionError):
             raise DataError("the line is no JSON object", where=where, hint='{"text": …, "spans": […]}') from None
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"a part of the row is of another type than it must be: {error}", where=where) from None
         except KeyError as error:
             raise DataError(f"a span has no {error}", where=where, hint="{slot, start, end}") from None
         except ValueError as error:

@@ -91,24 +91,34 @@ class ReplayStep(Step):
     def run(self, job: Job) -> Outcome:
         """See `Step.run`."""
         from residency import encoders, rows
+        from residency.curate.measuring import tags_of
         from residency.curate.tagging import keywords
 
         p = self.params
         new = list(job.stream("next"))
         if not new:
-            raise DataError("the next task has no usable rows", where=p.next, hint="see quarantine.jsonl")
+            raise rows.no_rows(p.next, job.quarantine)
         names = [PurePath(ref.removeprefix("embedded:")).stem for ref in p.seen] or ["before"]
         names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
         parts = [list(job.stream(f"seen.{i}")) for i in range(len(p.seen))] or [rows.load(job.rows)]
-        coming = {row.key() for row in new}
-        old = [(name, row) for name, part in zip(names, parts, strict=True) for row in part if row.key() not in coming]
+        known = {row.key() for row in new}
+        old, twice = [], 0
+        for name, part in zip(names, parts, strict=True):
+            if not part:
+                raise DataError(f"the task `{name}` has no usable rows", hint="leave it out of `seen`")
+            for row in part:
+                if (key := row.key()) in known:
+                    twice += 1
+                    continue
+                known.add(key)
+                old.append((name, row))
+        if not old:
+            raise DataError(
+                "every row learnt before is a row of the next task", where=p.next, hint="name another `next`"
+            )
 
         told = [self._told(row) for row in [*(row for _, row in old), *new]]
-        tags = (
-            keywords(told)
-            if p.tags == "words"
-            else [tuple((r.tag or "").split(",")) for r in [*(r for _, r in old), *new]]
-        )
+        tags = keywords(told) if p.tags == "words" else [tags_of(r.tag) for r in [*(r for _, r in old), *new]]
         different = list(dict.fromkeys(told))
         encoder = encoders.load(job.base(p.encoder), job.device)
         with job.progress.task("embedding the instructions", len(different)) as advance:
@@ -118,8 +128,7 @@ class ReplayStep(Step):
         embeddings = vectors[[place[text] for text in told]]
         n = len(old)
         keys: dict[str, Any] = {name: getattr(p, name) for name in Replay.model_fields}
-        if "seed" not in p.model_fields_set:
-            keys["seed"] = job.seed
+        keys["seed"] += job.seed
         try:
             chosen = Replay(**keys).select(
                 [name for name, _ in old],
@@ -144,6 +153,7 @@ class ReplayStep(Step):
                 "next": len(new),
                 "seen": n,
                 "replayed": len(replayed),
+                "same_in_two_tasks": twice,
                 "solver": f"{p.solver} transport" if p.quota == "transport" else "equal quotas",
                 "quarantined": len(job.quarantine),
             },

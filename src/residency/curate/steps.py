@@ -33,13 +33,16 @@ from residency.curate.measuring import (
 from residency.curate.params import Curating, CuratingSome
 from residency.curate.pool import Pool
 from residency.curate.scoring import Budgeted, Selection, Selector
-from residency.errors import DataError, PlanError
+from residency.errors import PlanError
 from residency.step import Forecast, Job, Kind, Outcome, State, Step
 
 if TYPE_CHECKING:
     import numpy as np
 
     from residency.rows import Row
+
+TAGS = 50
+"""Most tags of a pool that the record counts."""
 
 MODELS = {
     "embeddings": "encoder",
@@ -233,7 +236,7 @@ class Curate(Step):
         trusted = rows.load(trusted_file)
         pool = Pool.gather(_fresh(candidates, trusted, job, bool(p.pool)), job.scratch / "pool")
         if not len(pool):
-            raise DataError("the pool has no usable rows", where=p.pool, hint="see quarantine.jsonl for the reasons")
+            raise rows.no_rows(p.pool or "the rows at hand", job.quarantine)
 
         loaded = p.loaded
         alone = tuple(
@@ -272,6 +275,7 @@ class Curate(Step):
         tags: dict[str, list[int]] = {}
         for i, tag in enumerate(pool.tags):
             tags.setdefault(tag or "untagged", [0, 0])[0 if i in taken else 1] += 1
+        common = sorted(tags, key=lambda tag: -sum(tags[tag]))[:TAGS]
         missing = {column: int(np.isnan(values).sum()) for column, values in columns.items()}
         return Outcome(
             gives={"rows": "rows.jsonl"},
@@ -284,7 +288,7 @@ class Curate(Step):
             },
             figures=figures(self.by, pool, columns, chosen, supply, trusted, {c: s.good for c, s in loaded}, job.seed),
             extra={
-                "tags": {t: {"kept": k, "dropped": d} for t, (k, d) in sorted(tags.items())},
+                "tags": {t: {"kept": k, "dropped": d} for t, (k, d) in sorted((t, tags[t]) for t in common)},
                 "scores": "scores.parquet",
             },
         )
@@ -341,7 +345,10 @@ def _fresh(pool: Iterator[Row], trusted: list[Row], job: Job, refuse: bool) -> I
 
     known, ids = {row.key(): row.id for row in trusted}, {row.id for row in trusted}
     for row in pool:
-        if (key := row.key()) in known:
+        if row.image is not None and not row.text:
+            reason = "a picture without a text: rows are compared by their words"
+            job.quarantine.append(Refused(row.source, row.line, reason, row.id))
+        elif (key := row.key()) in known:
             if refuse:
                 reason = f"the same row as the trusted row {known[key]}"
                 job.quarantine.append(Refused(row.source, row.line, reason, row.prompt[:200]))
