@@ -363,7 +363,7 @@ def test_a_student_with_another_vocabulary_is_refused_before_weights_load(copy, 
 def test_a_pool_without_a_usable_row(copy):
     folder, _ = copy
     (folder / "data" / "pool.jsonl").write_text('{"broken\n')
-    with pytest.raises(DataError, match="no usable rows"):
+    with pytest.raises(DataError, match="none of its 1 rows can be used"):
         again(folder)
 
 
@@ -390,7 +390,7 @@ def test_trusted_rows_in_the_pool_do_not_spend_the_budget_and_ids_may_collide(co
     assert record["steps"][0]["summary"]["kept"] == 12
     assert record["steps"][1]["summary"]["rows"] == 8 + 12
     reasons = [json.loads(line)["reason"] for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
-    assert reasons == ["the same row as the trusted row permit-0"]
+    assert reasons == ["the same row as permit-0, which is there in any case"]
 
 
 def test_long_rows_that_the_recipe_allows_reach_every_step(copy):

@@ -143,6 +143,9 @@ def test_a_killed_step_measures_only_what_is_missing(curated, monkeypatch):
         ("by: filter", PlanError, "nothing to filter by"),
         ("by: filter, scores: [mltd], filter: mtld > 1", RecipeError, "did you mean `mtld`"),
         ("by: filter, scores: [mtld], filter: mltd > 1", RecipeError, "did you mean `mtld`"),
+        ("by: filter, scores: [mtld], filter: mtld", RecipeError, "not a condition"),
+        ("by: filter, scores: [mtld], filter: tag > 3", RecipeError, "compares texts"),
+        ("by: top, scores: [mtld], quality: mtld > 3", RecipeError, "no number"),
         ("by: filter, scores: [mtld, mtld], filter: mtld > 1", RecipeError, "two columns"),
         ("by: filter, scores: [{mtld: {treshold: 1}}], filter: mtld > 1", RecipeError, "no such key"),
         ("by: filter, scores: [{mtld: {threshold: 2}}], filter: mtld > 1", RecipeError, "less than 1"),
@@ -159,12 +162,9 @@ def test_what_cannot_work_is_said_before_anything_runs(curated, keys, error, say
         curated(f"curate: {{pool: data/pool.jsonl, {keys}}}")
 
 
-@pytest.mark.parametrize(
-    ("condition", "says"), [("mtld > 1e9", "no row"), ("mtld", "not a condition"), ("tag > 3", "compares")]
-)
-def test_what_only_the_data_can_tell(curated, condition, says):
-    with pytest.raises(DataError, match=says):
-        curated(f"curate: {{pool: data/pool.jsonl, by: filter, scores: [mtld], filter: '{condition}'}}")
+def test_a_filter_that_nothing_meets(curated):
+    with pytest.raises(DataError, match="no row meets"):
+        curated("curate: {pool: data/pool.jsonl, by: filter, scores: [mtld], filter: mtld > 1e9}")
 
 
 def test_every_key_of_the_step_changes_its_address(curated):
@@ -390,3 +390,41 @@ def test_test_questions_stay_out_whatever_the_system_says(curated):
 def test_names_that_a_column_cannot_have(curated, name):
     with pytest.raises(RecipeError, match="no name for a column|two columns"):
         curated(f"curate: {{by: top, pool: data/pool.jsonl, scores: [{{mtld: {{as: '{name}'}}}}]}}")
+
+
+def test_what_was_chosen_before_goes_along_and_does_not_count_as_trusted(curated):
+    write_jsonl(curated.root / "data" / "more.jsonl", [qa(i, "river") for i in range(12)])
+    steps, folders = curated(
+        "curate: {by: random, pool: data/pool.jsonl, keep: 5}",
+        f"curate: {{by: k-shot, pool: data/more.jsonl, keep: 4, near-duplicates: 1, {ENCODER}}}",
+    )
+    assert [s["summary"]["trusted"] for s in steps] == [8, 8]
+    assert [s["summary"]["went_along"] for s in steps] == [8, 13]
+    assert len(rows.load(folders[1] / "rows.jsonl")) == 17
+
+
+def test_after_a_replay_only_the_trusted_rows_that_are_at_hand_stay(curated):
+    write_jsonl(curated.root / "data" / "next.jsonl", [qa(i, "river") for i in range(12)])
+    steps, folders = curated(
+        "replay: {next: data/next.jsonl, per-task: 3, encoder: tiny-text-encoder}",
+        "curate: {by: random, keep: 6}",
+    )
+    kept = rows.load(folders[1] / "rows.jsonl")
+    assert steps[1]["summary"]["went_along"] == 3
+    assert [r.id.split("-")[0] for r in kept] == ["permit"] * 3 + ["river"] * 6
+
+
+def test_the_recipes_seed_reaches_scores(curated):
+    found = []
+    for seed in (1, 2):
+        curated.file.write_text("")
+        head = HEAD.replace("name: curating", f"name: curating\nseed: {seed}")
+        curated.file.write_text(
+            head + f"  - curate: {{by: top, pool: data/pool.jsonl, keep: 5, scores: [datamodels], {ENCODER}}}\n"
+        )
+        lines = [qa(i, t) | {"category": t} for t in ("permit", "music") for i in range(8)]
+        write_jsonl(curated.root / "data" / "examples.jsonl", lines)
+        record = run.execute(recipe.load(curated.file), curated.root / "run")
+        folder = store.RunStore(curated.root / "run").folder("01-curate", record["steps"][0]["address"])
+        found.append(pq.read_table(folder / "scores.parquet")["datamodels"].to_pylist())
+    assert found[0] != found[1]

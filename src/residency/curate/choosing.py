@@ -41,21 +41,14 @@ def choose(
         The selection over all N rows; what the filter dropped says so.
 
     Raises:
-        DataError: When no row is left, or a formula is no condition or no number.
+        DataError: When no row is left, or the selector cannot choose from what is.
     """
     names, size = tuple(columns), len(next(iter(columns.values())))
     passed, values = np.ones(size, bool), np.zeros(size)
-    try:
-        if params.filter is not None:
-            passed = Formula(params.filter, names)(columns)
-        if quality is not None:
-            values = Formula(quality, names)(columns)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    if passed.dtype != bool:
-        raise DataError(f"`filter: {params.filter}` is a value, not a condition", hint="compare it: ifd < 1")
-    if values.dtype.kind not in "fi":
-        raise DataError(f"`quality: {quality}` is no number", hint="a formula over the scores, high is good")
+    if params.filter is not None:
+        passed = Formula(params.filter, names)(columns)
+    if quality is not None:
+        values = Formula(quality, names)(columns)
     valued = ~np.isnan(values)
     finite = values[np.isfinite(values)]
     if len(finite):  # an infinite quality (a text that repeats no word) is the best or worst there is

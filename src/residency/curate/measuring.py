@@ -84,6 +84,12 @@ class Supply(dict[str, Any]):
         ]
 
 
+def seeded(score: Score, seed: int) -> Score:
+    """The score with the recipe's seed added to its own, if it draws anything."""
+    own = getattr(score, "seed", None)
+    return score if own is None else score.model_copy(update={"seed": own + seed})
+
+
 def column_of(column: str, score: Score, supply: Supply) -> np.ndarray:
     """The values of a score.
 
@@ -161,7 +167,7 @@ class Measurer:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self._scores = [(wanted.column, wanted.score()) for wanted in work.scores]
+        self._scores = [(wanted.column, seeded(wanted.score(), work.seed)) for wanted in work.scores]
         self._kept = Supply(
             {
                 "encoder": self._load_encoder,

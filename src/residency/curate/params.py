@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from keyword import iskeyword
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from residency.catalog import METHODS, nearest
@@ -92,9 +93,17 @@ class Curating(Params):
 
     @model_validator(mode="after")
     def _formulas_read(self) -> Curating:
-        for text in (self.filter, self.quality):
-            if text is not None:
-                Formula(text, self.columns)
+        names = self.columns
+        # one row of each column's kind shows whether texts and numbers are where they may be
+        row = {name: np.array([""], object) if name in FACTS[:2] else np.ones(1) for name in names}
+        for key, text in (("filter", self.filter), ("quality", self.quality)):
+            if text is None:
+                continue
+            kind = Formula(text, names)(row).dtype.kind
+            if key == "filter" and kind != "b":
+                raise ValueError(f"`filter: {text}` is a value, not a condition; compare it: {text} > 1")
+            if key == "quality" and kind != "f":
+                raise ValueError(f"`quality: {text}` is no number; a formula over the scores, high is good")
         if self.scale == "here" and "workers" in self.model_fields_set:
             raise ValueError("workers belongs to scale: ray; in this process one measures")
         return self

@@ -27,6 +27,7 @@ from residency.curate.measuring import (
     Supply,
     Work,
     column_of,
+    seeded,
     tags_of,
     texts_of,
 )
@@ -93,7 +94,7 @@ class Curate(Step):
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         """See `Step.reads`: the rows, and what this choice of scores and selector asks for."""
-        ports = {"rows"} if self.params.pool else {"rows", "examples"}
+        ports = {"rows", "examples"}
         if self._own_model:
             ports.add("model")
         return frozenset(ports)
@@ -230,15 +231,16 @@ class Curate(Step):
         from residency.curate.figures import figures
 
         p = self.params
-        trusted_file, candidates = (
-            (job.rows, job.stream("pool")) if p.pool else (job.examples, iter(rows.load(job.rows)))
-        )
-        trusted = rows.load(trusted_file)
-        pool = Pool.gather(_fresh(candidates, trusted, job, bool(p.pool)), job.scratch / "pool")
+        trusted, hand = rows.load(job.examples), rows.load(job.rows)
+        own = {row.key() for row in trusted}
+        # with a pool the rows at hand go along; without, they are chosen from, and the trusted among them stay
+        along = hand if p.pool else [row for row in hand if row.key() in own]
+        candidates = job.stream("pool") if p.pool else iter(hand)
+        pool = Pool.gather(_fresh(candidates, [*trusted, *along], job, bool(p.pool)), job.scratch / "pool")
         if not len(pool):
             raise rows.no_rows(p.pool or "the rows at hand", job.quarantine)
 
-        loaded = p.loaded
+        loaded = [(column, seeded(score, job.seed)) for column, score in p.loaded]
         alone = tuple(
             w for w, (_, score) in zip(p.wanted, loaded, strict=True) if score.alone and "columns" not in score.needs
         )
@@ -255,7 +257,7 @@ class Curate(Step):
         models.setdefault("reader", job.model)
         models.setdefault("judge", models["reader"])
         remote = job.remote_code and p.reader is None
-        work = Work(alone, extras, trusted_file, models, p.batch, job.device, job.seed, remote)
+        work = Work(alone, extras, job.examples, models, p.batch, job.device, job.seed, remote)
         measurer = Measurer(work)
         measured = self._measure(job, work, measurer, pool)
 
@@ -269,7 +271,7 @@ class Curate(Step):
         chosen = choose(self.selector, p, self._quality_text(), known, supply, measured.get(TOKENS), job.seed)
 
         picked = pool.take(chosen.indices.tolist())
-        rows.write(job.out / "rows.jsonl", [*trusted, *picked])
+        rows.write(job.out / "rows.jsonl", [*along, *picked])
         _write_scores(job.out / "scores.parquet", pool, columns, chosen)
         taken = set(chosen.indices.tolist())
         tags: dict[str, list[int]] = {}
@@ -281,6 +283,7 @@ class Curate(Step):
             gives={"rows": "rows.jsonl"},
             summary={
                 "trusted": len(trusted),
+                "went_along": len(along),
                 "pool": len(pool),
                 "kept": len(chosen.indices),
                 **{f"missing_{column}": n for column, n in missing.items() if n},
@@ -339,18 +342,18 @@ class Curate(Step):
         return name not in MODELS or MODELS[name] in self._models
 
 
-def _fresh(pool: Iterator[Row], trusted: list[Row], job: Job, refuse: bool) -> Iterator[Row]:
-    """Pool rows that are not trusted rows themselves, with ids that no trusted row has."""
+def _fresh(pool: Iterator[Row], there: list[Row], job: Job, refuse: bool) -> Iterator[Row]:
+    """Pool rows that are not there in any case, with ids that none of those has."""
     from residency.rows import Refused
 
-    known, ids = {row.key(): row.id for row in trusted}, {row.id for row in trusted}
+    known, ids = {row.key(): row.id for row in there}, {row.id for row in there}
     for row in pool:
         if row.image is not None and not row.text:
             reason = "a picture without a text: rows are compared by their words"
             job.quarantine.append(Refused(row.source, row.line, reason, row.id))
         elif (key := row.key()) in known:
             if refuse:
-                reason = f"the same row as the trusted row {known[key]}"
+                reason = f"the same row as {known[key]}, which is there in any case"
                 job.quarantine.append(Refused(row.source, row.line, reason, row.prompt[:200]))
         else:
             yield replace(row, id=f"pool:{row.id}") if row.id in ids else row
