@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -78,17 +77,21 @@ def test_a_killed_worker_is_replaced_and_its_chunk_measured_again(two_nodes, chu
     import psutil
 
     files, work = chunks
-    killed, done, began = [], threading.Event(), time.time()
+
+    def workers():
+        lines = ((p.pid, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"]))
+        return {pid for pid, line in lines if "MapWorker" in line}
+
+    killed, done, before = [], threading.Event(), workers()  # those of another test may still be there
 
     def kill_one():
-        """The first worker that is seen at a chunk."""
+        """The first worker that is seen."""
         while not killed and not done.wait(0.02):
-            for process in psutil.process_iter(["cmdline", "create_time"]):
-                if process.info["create_time"] > began and "MapWorker" in " ".join(process.info["cmdline"] or []):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                    break
+            for pid in workers() - before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                break
 
     killer = threading.Thread(target=kill_one)
     killer.start()
